@@ -1,0 +1,71 @@
+# Needs python3 with venv, and make. Everything is installed into .venv; a second run installs nothing.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+RUN := .venv/.installed-run
+DEV := .venv/.installed-dev
+
+help:
+	@echo "aespa_nb: attention-aware quantization, taught by the notebooks it is built from"
+	@echo
+	@echo "  make demo             quantize the bundled model to 2 and 3 bits and compare the methods (into build/demo)"
+	@echo "  make lab              open the chapters in JupyterLab"
+	@echo "  make docs             build the site (docs/_build/html/index.html)"
+	@echo "  make test             everything CI checks, under 20 minutes on 2 cores"
+	@echo
+	@echo "After an edit in nbs/:"
+	@echo "  make export           notebooks -> library and README"
+	@echo "  make notebooks        the same, after running the notebooks and storing their outputs"
+	@echo "                        (make notebooks NBS=nbs/04_gptq.ipynb for one)"
+	@echo
+	@echo "Seldom:"
+	@echo "  make train-reference  train the bundled model again (hours on a CPU)"
+	@echo "  make constraints      pin the versions that are installed now"
+	@echo "  make clean            remove what was built; .venv stays"
+
+demo: $(RUN)
+	@rm -rf build/demo
+	$(PY) -m aespa_nb demo --out build/demo
+
+test: $(DEV)
+	@$(PY) tools/run_checks.py
+
+docs: $(DEV)
+	@rm -rf docs/_build/html
+	$(PY) -m sphinx -q -E -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+lab: $(DEV)
+	MATPLOTLIBRC=$(CURDIR)/tools/matplotlibrc PYTHONWARNINGS=ignore:IProgress $(PY) -m jupyterlab --notebook-dir=nbs
+
+export: $(DEV)
+	.venv/bin/nbdev_export
+	.venv/bin/nbdev_clean
+	$(PY) tools/make_readme.py
+
+notebooks: $(DEV)
+	.venv/bin/nbdev_export
+	$(PY) tools/run_nbs.py $(NBS)
+	$(MAKE) export
+
+train-reference: $(DEV)
+	set -e; for step in fetch corpus tokens "train --minutes 44" \
+	  "train --minutes 66 --init build/reference/first" finish; do $(PY) tools/train_reference.py $$step; done
+
+constraints: $(DEV)
+	$(PY) tools/freeze.py
+
+clean:
+	rm -rf build docs/_build docs/nbs docs/api/generated
+
+# Stamps: made again when what is to be installed has changed.
+$(RUN): pyproject.toml constraints.txt tools/install.py
+	$(PYTHON) tools/install.py
+	@touch $@
+
+$(DEV): $(RUN)
+	$(PYTHON) tools/install.py dev,docs
+	@touch $@
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs lab export notebooks train-reference constraints clean

@@ -1,0 +1,238 @@
+"""quantize_model on models built from configurations: what it promises, and what it refuses."""
+
+import contextlib
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, AespaError, QuantReport, quantize_model
+from aespa_nb.aespa import PRESETS, block_losses, report_json, round_layer
+from aespa_nb.capture import BlockStream, capturing, listening
+from aespa_nb.hessian import quadratic_loss
+from aespa_nb.notation import NumericalError, UnsupportedModelError
+from aespa_nb.precompute import KroneckerLoss
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
+    "llama-mha": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48, attention_bias=True)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
+    "opt-post-norm": lambda: OPTForCausalLM(
+        OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)
+    ),
+}
+TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+def build(kind):
+    torch.manual_seed(0)
+    return KINDS[kind]().eval()
+
+
+def quick(preset="aespa", **changes):
+    return AespaConfig.preset(preset, **{"bits": 3, "iterations": 30, **changes})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_preset_on_every_kind(kind, preset):
+    model = build(kind)
+    before = copy.deepcopy(model.state_dict())
+    report = quantize_model(model, TOKENS, quick(preset))
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
+    assert set(report.layers) == linears
+    for name, r in report.layers.items():
+        assert r.W_int.max() <= 7
+        assert torch.allclose(r.grid.values(r.W_int.float()) * r.zeta, model.get_submodule(name).weight, atol=1e-6)
+        assert not torch.equal(before[name + ".weight"], model.get_submodule(name).weight)
+    untouched = {k for k in before if k.removesuffix(".weight") not in linears}
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if k in untouched)
+    assert torch.isfinite(model(TOKENS).logits).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_layers_beat_round_to_nearest(kind):
+    report = quantize_model(build(kind), TOKENS, quick(bits=2))
+    assert all(r.loss < r.loss_rtn for r in report.layers.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_same_seed_same_bits_and_seeds_matter(kind):
+    weights = []
+    for seed in (0, 0, 1):
+        model = build(kind)
+        quantize_model(model, TOKENS, quick("gptq", samples=4, seed=seed))
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_batch_size_changes_nothing_but_rounding_errors():
+    reports = [
+        quantize_model(build("llama").double(), TOKENS, quick("gptq", batch_size=b, dtype=torch.float64))
+        for b in (1, 8)
+    ]
+    for a, b in zip(reports[0].layers.values(), reports[1].layers.values()):
+        assert torch.equal(a.W_int, b.W_int)
+
+
+@pytest.mark.parametrize("group_size, symmetric", [(8, False), (16, True), (None, True)])
+def test_groups_and_symmetric_grids(group_size, symmetric):
+    report = quantize_model(build("llama"), TOKENS, quick(group_size=group_size, symmetric=symmetric))
+    for r in report.layers.values():
+        inp = r.weight.shape[1]
+        assert r.grid.step.shape == (r.weight.shape[0], 1 if group_size is None else inp // group_size)
+        assert not symmetric or (r.grid.zero == 4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_keep_their_dtype_and_their_codes(dtype):
+    model = build("llama").to(dtype)
+    report = quantize_model(model, TOKENS, quick("aespa", bits=4))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for r in report.layers.values():
+        weight = r.grid.values(r.W_int.float()) * r.zeta
+        assert torch.equal(weight.to(dtype), r.weight)
+
+
+def test_attention_and_training_mode_are_put_back():
+    model = build("llama").train()
+    before = model.config._attn_implementation
+    quantize_model(model, TOKENS, quick("rtn"))
+    assert model.training and model.config._attn_implementation == before
+    with pytest.raises(AespaError):
+        quantize_model(model, TOKENS + 64, quick("rtn"))
+    assert model.config._attn_implementation == before
+
+
+def test_losses_of_a_layer_are_its_output_error():
+    model = build("opt")
+    block = model.model.decoder.layers[0]
+    seen = []
+    with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, TOKENS)) as stream:
+        losses = block_losses(model, block, stream)
+        hook = block.fc2.register_forward_pre_hook(lambda m, a: seen.append(a[0].flatten(0, -2)))
+        stream.run(block)
+        hook.remove()
+    dW = torch.randn(32, 48)
+    error = (torch.cat(seen) @ dW.T).pow(2).sum() / TOKENS.numel()
+    torch.testing.assert_close(losses["fc2"](dW), error, rtol=1e-4, atol=0)
+
+
+def test_round_layer_reports_the_loss_it_reaches():
+    W, H = torch.randn(8, 16), torch.eye(16)
+    zeta = torch.linspace(0.5, 2, 16)
+    W_hat, grid, rtn, loss = round_layer(W, KroneckerLoss(H), zeta, quick("gptq"))
+    assert loss == pytest.approx(float(quadratic_loss(W_hat - W, H)), rel=1e-4)
+    assert torch.allclose(grid.round(W_hat / zeta) * zeta, W_hat, atol=1e-6)
+
+
+def test_report_is_plain_json():
+    report = quantize_model(build("llama"), TOKENS, quick("rtn"))
+    assert isinstance(report, QuantReport) and '"bits": 3' in report_json(report)
+    assert 3 < report.bits_per_weight < 6
+
+
+def test_peak_memory_stays_below_three_blocks_and_statistics():
+    "On a model large enough for the allocator's own overhead not to matter; in a fresh process."
+    code = """
+        import torch
+        from aespa_nb import AespaConfig, quantize_model
+        from transformers import LlamaConfig, LlamaForCausalLM
+        torch.set_num_threads(1)
+        sizes = dict(hidden_size=640, intermediate_size=1728, num_attention_heads=10, num_key_value_heads=5)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=3, max_position_embeddings=64, **sizes))
+        tokens = torch.randint(0, 256, (32, 64))
+        with torch.no_grad():
+            model(tokens[:1])
+        report = quantize_model(model, tokens, AespaConfig.preset("aespa", iterations=5))
+        print(report.peak_bytes, report.budget_bytes, report.block_bytes)
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    ).stdout
+    peak, budget, block = map(int, out.split())
+    assert block / 2 < peak < budget, f"peak {peak / 2**20:.1f} MiB, budget {budget / 2**20:.1f} MiB"
+
+
+BAD_FIELDS = [
+    dict(bits=1),
+    dict(bits=9),
+    dict(bits=2.5),
+    dict(objective="block"),
+    dict(solver="adam"),
+    dict(grid="mse"),
+    dict(iterations=0),
+    dict(lr=-1.0),
+    dict(damping=-0.1),
+    dict(group_size=0),
+    dict(samples=0),
+    dict(batch_size=0),
+    dict(grid="minmax"),
+    dict(dtype=torch.float16),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_FIELDS, ids=lambda b: "-".join(f"{k}={v}" for k, v in b.items()))
+def test_bad_fields_are_refused(bad):
+    with pytest.raises(AespaError) as error:
+        AespaConfig(**bad)
+    assert "\n" not in str(error.value)
+
+
+BAD_TOKENS = {
+    "empty": (TOKENS[:0], "at least one"),
+    "float": (TOKENS.float(), "int64"),
+    "flat": (TOKENS[0], r"\[seq tok\]"),
+    "outside": (TOKENS + 60, "tokenizer"),
+    "negative": (TOKENS - 10, "tokenizer"),
+    "long": (TOKENS.view(2, 64), "lower seqlen"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENS)
+def test_bad_tokens_are_refused_and_the_model_is_left_alone(case):
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    tokens, message = BAD_TOKENS[case]
+    with pytest.raises(AespaError, match=message):
+        quantize_model(model, tokens, quick())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_damaged_weights_and_unknown_architectures_are_refused():
+    model = build("opt")
+    model.model.decoder.layers[1].fc1.weight.data[0, 0] = float("inf")
+    with pytest.raises(NumericalError, match="layers.1.fc1"):
+        quantize_model(model, TOKENS, quick())
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32))
+    with pytest.raises(UnsupportedModelError, match="gpt2"):
+        quantize_model(gpt2, TOKENS, quick())
+
+
+def test_nan_activations_are_refused():
+    model = build("llama")
+    model.model.layers[0].input_layernorm.weight.data[3] = float("nan")
+    with pytest.raises(NumericalError):
+        quantize_model(model, TOKENS, quick())
+
+
+def test_attention_that_is_not_heard_is_an_error():
+    model, heard = build("llama"), []
+    with torch.no_grad(), listening(lambda *args: heard.append(args)):
+        model(TOKENS)
+        assert not heard  # stock attention
+        with capturing(model):
+            model(TOKENS)
+    assert len(heard) == len(model.model.layers)

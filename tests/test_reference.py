@@ -1,0 +1,63 @@
+"""The bundled model: loads without a network, is what its card says, and methods rank on it as the book says."""
+
+import copy
+import json
+from pathlib import Path
+
+import aespa_nb
+import pytest
+import torch
+from aespa_nb import AespaConfig, calibration_tokens, evaluate_model, evaluation_tokens, load_reference, quantize_model
+
+FOLDER = Path(aespa_nb.__file__).parent / "reference"
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_reference()
+
+
+def test_sizes_and_shapes(reference):
+    model, tokenizer, calib, heldout = reference
+    assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 16e6
+    assert not [f for f in FOLDER.iterdir() if f.suffix in (".pt", ".pkl", ".bin")]
+    assert calib.dtype == heldout.dtype == torch.int64
+    assert calib.shape[1] == heldout.shape[1] == model.config.max_position_embeddings == 256
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_calibration_and_heldout_share_no_window(reference):
+    runs = lambda tokens: {tuple(w.tolist()) for row in tokens for w in row.unfold(0, 32, 16)}
+    assert not runs(reference.calib) & runs(reference.heldout)
+
+
+def test_tokenizer_round_trip(reference):
+    text = "Return a new array of given shape and type, filled with ones."
+    assert reference.tokenizer.decode(reference.tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text
+
+
+def test_perplexity_is_the_cards(reference):
+    "On every eighth held-out window, against the number for the whole split."
+    card = json.loads((FOLDER / "training.json").read_text())
+    measured = evaluate_model(reference.model, reference.heldout[::8]).perplexity
+    assert measured == pytest.approx(card["heldout_perplexity"], rel=0.1)
+
+
+def test_tokens_by_name(reference):
+    a, b = (calibration_tokens("reference", reference.tokenizer, 4, 128, seed=s) for s in (0, 1))
+    assert a.shape == b.shape == (4, 128) and not torch.equal(a, b)
+    assert torch.equal(evaluation_tokens("reference", reference.tokenizer, 256, 3), reference.heldout[:3])
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_methods_rank_as_the_book_says(reference, bits):
+    "A short run on the first three blocks: aespa < adaround < rtn and aespa < gptq in KL."
+    model, _, calib, heldout = reference
+    full = copy.deepcopy(model)
+    full.model.layers = full.model.layers[:3]
+    kl = {}
+    for preset in ("rtn", "gptq", "adaround", "aespa"):
+        rounded = copy.deepcopy(full)
+        quantize_model(rounded, calib, AespaConfig.preset(preset, bits=bits, samples=24, iterations=400, lr=0.05))
+        kl[preset] = evaluate_model(rounded, heldout[:24], full).kl
+    assert kl["aespa"] < kl["adaround"] < kl["rtn"] and kl["aespa"] < kl["gptq"], kl

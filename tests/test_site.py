@@ -1,0 +1,158 @@
+"""The built site, opened in a browser as a reader would: from files, with the network off."""
+
+import re
+import shutil
+from functools import lru_cache
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "docs/_build/html"
+SHOTS = ROOT / "build/screenshots"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html") if "_static" not in p.parts)
+CHAPTERS = [p for p in PAGES if p.startswith("nbs/")]
+READABLE = [p for p in PAGES if not p.startswith("_modules/")]
+
+if not PAGES:
+    pytest.skip("the site is not built: make docs", allow_module_level=True)
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium found (Debian: apt-get install chromium)")
+
+
+class Links(HTMLParser):
+    "The links of a page and the anchors it offers."
+
+    def __init__(self, path):
+        super().__init__()
+        self.hrefs, self.ids = set(), set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids |= {attrs[k] for k in ("id", "name") if attrs.get(k)}
+        self.hrefs |= {attrs[k] for k in ("href", "src") if attrs.get(k)}
+
+
+parsed = lru_cache(None)(Links)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_dead_link(page):
+    dead = []
+    for href in parsed(SITE / page).hrefs:
+        url = urlsplit(href)
+        if url.scheme:
+            continue
+        target = (SITE / page).parent / unquote(url.path) if url.path else SITE / page
+        if not target.exists():
+            dead.append(href)
+        elif url.fragment and target.suffix == ".html" and unquote(url.fragment) not in parsed(target.resolve()).ids:
+            dead.append(href)
+    assert not dead
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_chapter_can_be_taken_away(page):
+    "Every chapter offers its notebook as a download and in Colab."
+    name = Path(page).with_suffix(".ipynb").as_posix()
+    hrefs = parsed(SITE / page).hrefs
+    assert any(h.endswith("_sources/" + name) for h in hrefs)
+    assert any(h.startswith("https://colab.research.google.com/") and h.endswith(name) for h in hrefs)
+
+
+# --- in the browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    args = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
+    args += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=args)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def tab(browser):
+    "A new tab without network, which notes what goes wrong in it."
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+    page = context.new_page()
+    page.wrong = []
+    page.on("console", lambda m: page.wrong.append(f"{m.type}: {m.text}") if m.type == "error" else None)
+    page.on("pageerror", lambda e: page.wrong.append(str(e)))
+    page.on("request", lambda r: page.wrong.append(r.url) if r.url.startswith("http") else None)
+    yield page
+    context.close()
+
+
+def visit(tab, page):
+    tab.goto((SITE / page).as_uri())
+    tab.evaluate("() => window.MathJax && MathJax.startup.promise")
+
+
+def shoot(tab, page, suffix=""):
+    path = SHOTS / (page.removesuffix(".html").replace("/", "-") + suffix + ".png")
+    tab.screenshot(path=path, full_page=True)
+
+
+RAW_MATH = """() => {
+  const body = (document.querySelector('article') || document.body).cloneNode(true);
+  body.querySelectorAll('pre, code, script, style, mjx-container').forEach(e => e.remove());
+  return body.textContent.match(/\\$\\$|\\\\\\(|\\\\\\[|\\\\(frac|mathbf|Delta|lVert|sum)\\b/g) || [];
+}"""
+UNRENDERED = """() => [...document.querySelectorAll('.math')]
+  .filter(e => !e.querySelector('mjx-container') || e.querySelector('mjx-merror, [data-mjx-error]'))
+  .map(e => e.textContent)"""
+BROKEN_FIGURES = """() => [...document.images]
+  .filter(i => !i.naturalWidth || (i.getClientRects().length && i.getBoundingClientRect().height < 20))
+  .map(i => i.src)"""
+NO_ALT = "() => [...document.querySelectorAll('article img')].filter(i => !i.alt.trim()).map(i => i.src)"
+TOO_WIDE = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+def lightness(tab):
+    colour = tab.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+
+
+@needs_browser
+@pytest.mark.parametrize("page", READABLE)
+def test_page(tab, page):
+    "Math is drawn, figures load, dark mode is dark, nothing complains, nothing is asked of the network."
+    visit(tab, page)
+    shoot(tab, page)
+    assert tab.evaluate(RAW_MATH) == []
+    assert tab.evaluate(UNRENDERED) == []
+    assert tab.evaluate(BROKEN_FIGURES) == []
+    assert tab.evaluate(NO_ALT) == []
+    assert tab.evaluate(TOO_WIDE) <= 0
+    assert lightness(tab) > 200
+    tab.click(".theme-switch-button:visible")
+    tab.click(".theme-change-button[data-mode=dark]:visible")
+    assert lightness(tab) < 60
+    if page in CHAPTERS or page == "index.html":
+        tab.mouse.move(0, 0)
+        shoot(tab, page, "-dark")
+    assert tab.wrong == []
+
+
+@needs_browser
+def test_search_finds_the_main_function(tab):
+    visit(tab, "index.html")
+    tab.click("button.search-button:visible, .search-button__button:visible")
+    tab.keyboard.type("quantize_model")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#search-results li a", timeout=20_000)
+    found = tab.eval_on_selector_all("#search-results li a", "links => links.map(a => a.href)")
+    shoot(tab, "search-quantize_model")
+    assert any("aespa" in f.rsplit("/", 1)[-1] for f in found), found
+    tab.click("#search-results li a")
+    tab.wait_for_load_state()
+    assert tab.evaluate("() => document.body.textContent.includes('quantize_model')")
+    assert tab.wrong == []

@@ -1,0 +1,199 @@
+"""The checks in tools/ fail when they should."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = (ROOT / "settings.ini").read_text()
+EXPORTED = "#| export\ndef double(x: float) -> float:\n    'Twice the number.'\n    return 2 * x"
+SVG = '<svg xmlns="http://www.w3.org/2000/svg"><path d="M 1.000000 2.000000"/></svg>'
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module
+
+
+def notebook(*cells):
+    nb = new_notebook(metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
+    nb.cells = [
+        new_markdown_cell(c[3:], id=f"cell{i}") if c.startswith("md ") else new_code_cell(c, id=f"cell{i}")
+        for i, c in enumerate(cells)
+    ]
+    return nb
+
+
+@pytest.fixture(scope="module")
+def in_step(tmp_path_factory):
+    "A repository of one chapter and a README, everything in step."
+    root = tmp_path_factory.mktemp("repo")
+    (root / "nbs").mkdir()
+    (root / "aespa_nb").mkdir()
+    (root / "settings.ini").write_text(SETTINGS)
+    (root / "aespa_nb/__init__.py").write_text('__version__ = "0.1.0"\n')
+    chapter = notebook("#| default_exp grid", "md # Grid\n> What rounding does.", EXPORTED, "assert double(2) == 4")
+    index = notebook("md # aespa_nb\nSee [the grid](00_grid.ipynb).", "#| fig-alt: a line\nplot()")
+    index.cells[1].outputs = [new_output("display_data", {"image/svg+xml": SVG})]
+    for name, nb in (("00_grid", chapter), ("index", index)):
+        nbformat.write(nb, root / f"nbs/{name}.ipynb")
+    with pytest.MonkeyPatch.context() as m:
+        m.syspath_prepend(str(ROOT / "tools"))
+        importlib.import_module("check_sync").generate(root)
+    return root
+
+
+@pytest.fixture
+def repo(in_step, tmp_path):
+    return shutil.copytree(in_step, tmp_path / "repo")
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+# --- check_sync ---------------------------------------------------------------------------------------------------
+
+
+def test_sync_passes_on_a_fresh_export(repo, tool):
+    lines, n = tool("check_sync").differences(repo)
+    assert lines == [] and n >= 6
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "blamed"),
+    [
+        ("nbs/00_grid.ipynb", "return 2 * x", "return x + x", "aespa_nb/grid.py"),
+        ("aespa_nb/grid.py", "return 2 * x", "return 2.0 * x", "aespa_nb/grid.py"),
+        ("nbs/index.ipynb", "See ", "Look at ", "README.md"),
+        ("nbs/index.ipynb", "M 1.000000", "M 3.000000", "docs/_static/index-1.svg"),
+        ("nbs/00_grid.ipynb", '"execution_count": null', '"execution_count": 7', "nbs/00_grid.ipynb"),
+    ],
+)
+def test_sync_names_the_file_that_differs(repo, tool, path, old, new, blamed):
+    edit(repo / path, old, new)
+    lines, _ = tool("check_sync").differences(repo)
+    assert [line for line in lines if line.startswith(blamed)], lines
+
+
+def test_sync_finds_a_module_without_a_notebook(repo, tool):
+    shutil.copy(repo / "aespa_nb/grid.py", repo / "aespa_nb/orphan.py")
+    lines, _ = tool("check_sync").differences(repo)
+    assert any(line.startswith("aespa_nb/orphan.py: no notebook") for line in lines)
+
+
+def test_sync_leaves_the_tree_alone(repo, tool):
+    edit(repo / "nbs/00_grid.ipynb", "return 2 * x", "return x + x")
+    before = {p: p.read_bytes() for p in repo.rglob("*") if p.is_file()}
+    tool("check_sync").differences(repo)
+    assert before == {p: p.read_bytes() for p in repo.rglob("*") if p.is_file()}
+
+
+def test_readme_shows_the_figure_and_links_to_the_site(repo):
+    text = (repo / "README.md").read_text()
+    assert "![a line](docs/_static/index-1.svg)" in text
+    assert "https://aespa-nb.github.io/aespa_nb/nbs/00_grid.html" in text
+    assert (repo / "docs/_static/index-1.svg").read_text().startswith("<svg")
+
+
+# --- check_ladder -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("grid", "from aespa_nb.gptq import gptq", "grid imports gptq, which stands above"),
+        ("grid", "from .gptq import gptq", "grid imports gptq, which stands above"),
+        ("grid", "import aespa_nb.gptq", "grid imports gptq, which stands above"),
+        ("grid", "def f():\n    from aespa_nb import gptq", "grid imports gptq, which stands above"),
+        ("grid", "from aespa_nb.grid import Grid", "grid imports grid, which stands above"),
+        ("gptq", "from aespa_nb.grid import *", "star import"),
+        ("gptq", "from math import *", "star import"),
+        ("gptq", "from aespa_nb import quantize_model", "not on the ladder"),
+        ("nowhere", "x = 1", "not on the ladder"),
+    ],
+)
+def test_ladder_refuses(tmp_path, tool, module, source, complaint):
+    library = tmp_path / "aespa_nb"
+    library.mkdir()
+    (library / f"{module}.py").write_text(source + "\n")
+    found = list(tool("check_ladder").problems(library))
+    assert len(found) == 1 and complaint in found[0]
+
+
+def test_ladder_accepts_imports_from_below(tmp_path, tool):
+    library = tmp_path / "aespa_nb"
+    library.mkdir()
+    (library / "gptq.py").write_text("import torch\nfrom aespa_nb.grid import Grid\nfrom aespa_nb import __version__\n")
+    (library / "__init__.py").write_text("from aespa_nb.gptq import gptq\n")
+    assert list(tool("check_ladder").problems(library)) == []
+
+
+# --- cell_report --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "fails"), [(25, False), (26, True)])
+def test_cell_report_fails_above_25_lines(tmp_path, tool, capsys, n, fails):
+    nbformat.write(notebook("\n".join(["x = 1"] * n)), tmp_path / "a.ipynb")
+    assert tool("cell_report").main([tmp_path / "a.ipynb"]) == fails
+    assert ("cell 0 has 26 lines" in capsys.readouterr().out) == fails
+
+
+# --- run_nbs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "svg", "verdict"),
+    [
+        ("loss 1.2345", "loss 1.2345", False, "equal"),
+        ("loss 1.2345", "loss 1.2346", False, "close"),
+        ("loss 1.2345", "loss 1.2445", False, "different"),
+        ("loss 1.2345", "gain 1.2345", False, "different"),
+        ("12 rows", "13 rows", False, "different"),
+        ("3.1e-06", "3.2e-06", False, "close"),
+        ("3.1e-06", "8.2e-06", False, "different"),
+        ("3.1e-16", "8.2e-16", False, "close"),
+        ("<path d='M 1.000001'/>", "<path d='M 1.000002'/>", True, "close"),
+        ("<path id='m0123456789'/>", "<path id='mabcdef0123'/>", True, "close"),
+        ("<path d='M 1.0'/>", "<path d='M 4.0'/>", True, "different"),
+    ],
+)
+def test_outputs_are_compared_up_to_rounding(tool, old, new, svg, verdict):
+    assert tool("run_nbs").same(old, new, svg) == verdict
+
+
+def run_nbs(folder, *args):
+    command = [sys.executable, ROOT / "tools/run_nbs.py", *args]
+    return subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
+
+
+def test_notebook_runner_stores_and_checks(repo):
+    "Runs twice to the same bytes; a wrong stored output and a failing cell are found; `eval: false` is left alone."
+    path = repo / "nbs/01_run.ipynb"
+    nbformat.write(notebook("1 / 8", "print('eight')", "#| eval: false\n1 / 0"), path)
+    assert run_nbs(repo, path).returncode == 0
+    first = path.read_bytes()
+    assert run_nbs(repo, path).returncode == 0 and path.read_bytes() == first
+    done = run_nbs(repo, "--check", path)
+    assert done.returncode == 0 and "checked: 2 cells in 1 notebooks" in done.stdout
+
+    edit(path, "0.125", "0.225")
+    done = run_nbs(repo, "--check", path)
+    assert done.returncode == 1 and "now:    0.125" in done.stdout
+    assert "0.225" in path.read_text()
+
+    nb = json.loads(path.read_text())
+    nb["cells"][0]["source"] = "1 / 0"
+    path.write_text(json.dumps(nb))
+    done = run_nbs(repo, "--check", path)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stdout

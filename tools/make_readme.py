@@ -1,0 +1,73 @@
+"""README.md from nbs/index.ipynb: prose, code, outputs, and figures as files that GitHub can show.
+
+Links to other chapters lead to the site. `--root DIR` does the same in a copy of the repository.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import nbformat
+
+SITE = "https://aespa-nb.github.io/aespa_nb/nbs/"
+FIGURES = Path("docs/_static")  # index-1.svg and so on: the site's start page shows them too
+NOTE = "<!-- Generated from nbs/index.ipynb by tools/make_readme.py: edit the notebook. -->\n\n"
+
+
+def directives(cell):
+    "The `#|` lines of a code cell, and the rest."
+    head = re.match(r"(?:\s*#\|.*\n?)*", cell.source)[0]
+    lines = [line.strip().removeprefix("#|").strip() for line in head.splitlines() if line.strip()]
+    pairs = (re.match(r"([\w-]+):?\s*(.*)", line).groups() for line in lines)
+    return dict(pairs), cell.source[len(head) :].strip()
+
+
+def outputs(cell, alt, figures):
+    "The outputs of a cell as Markdown; figures are added to the dictionary of files."
+    for o in cell.outputs:
+        data = o.get("data", {})
+        if o.output_type == "stream":
+            yield f"```text\n{o.text.rstrip()}\n```"
+        elif "image/svg+xml" in data:
+            path = FIGURES / f"index-{len(figures) + 1}.svg"
+            figures[path] = data["image/svg+xml"].rstrip() + "\n"
+            yield f"![{alt}]({path.as_posix()})"
+        elif "text/markdown" in data:
+            yield data["text/markdown"].rstrip()
+        elif "text/html" in data:
+            yield data["text/html"].strip()
+        elif "text/plain" in data:
+            yield f"```text\n{data['text/plain'].rstrip()}\n```"
+
+
+def readme(nb):
+    "The text of README.md and its figures, {path: svg}."
+    parts, figures = [], {}
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            parts.append(re.sub(r"\]\((?!https?:|#)([\w./-]+)\.ipynb", rf"]({SITE}\1.html", cell.source))
+        elif cell.cell_type == "code":
+            d, code = directives(cell)
+            if {"hide", "default_exp"} & d.keys() or d.get("include") == "false":
+                continue
+            if code and d.get("echo") != "false":
+                parts.append(f"```python\n{code}\n```")
+            if d.get("output") != "false":
+                parts += outputs(cell, d.get("fig-alt", ""), figures)
+    return NOTE + "\n\n".join(p.strip() for p in parts) + "\n", figures
+
+
+def main(root):
+    text, figures = readme(nbformat.read(root / "nbs/index.ipynb", as_version=4))
+    (root / "README.md").write_text(text, encoding="utf-8")
+    for old in (root / FIGURES).glob("index-*.svg"):
+        old.unlink()
+    for path, svg in figures.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(svg, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--root", type=Path, default=Path("."))
+    main(p.parse_args().root)

@@ -1,0 +1,175 @@
+"""Run notebooks, each in a kernel of its own.
+
+    python tools/run_nbs.py nbs/04_gptq.ipynb   write the outputs into the notebook
+    python tools/run_nbs.py --check             run all, compare with the stored outputs, write nothing
+
+Stored outputs come out the same on every run: seeds are the notebooks' own, everything else is pinned here.
+Cells marked `#| eval: false`, or with a flag of `tst_flags` in settings.ini that is not asked for with --flags,
+are not run and keep their outputs.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.process import extract_directives
+
+# One thread, no network, no progress bars, and instruction sets that every x86-64 machine of the last ten years has.
+ENV = dict(
+    PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="COMPATIBLE",
+    OPENBLAS_CORETYPE="Haswell", ONEDNN_MAX_CPU_ISA="AVX2", CUDA_VISIBLE_DEVICES="",
+    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1",
+    PYTHONWARNINGS="ignore:IProgress",  # tqdm misses ipywidgets, which we have no use for
+    SOURCE_DATE_EPOCH="0", MATPLOTLIBRC=str(Path(__file__).with_name("matplotlibrc").resolve()), COLUMNS="100",
+)  # fmt: skip
+KERNEL = ["--log-level=40", '--InlineBackend.figure_formats={"svg"}']
+
+
+def not_run(cell, skip):
+    "Is this a cell that is left alone?"
+    d = extract_directives(cell, remove=False)
+    return d.get("eval:", [""])[0].lower() == "false" or bool(skip & d.keys())
+
+
+def merge_streams(cell):
+    "Pieces of one stream arrive as they like: join neighbours."
+    out = []
+    for o in cell.outputs:
+        if out and o.output_type == "stream" == out[-1].output_type and o.name == out[-1].name:
+            out[-1].text += o.text
+        else:
+            out.append(o)
+    cell.outputs = out
+
+
+def run(path, flags=(), timeout=600):
+    "The notebook with fresh outputs, cleaned; and how many cells were run."
+    cfg = get_config()
+    nb = nbformat.read(path, as_version=4)
+    skip = set(cfg.tst_flags.split()) - set(flags)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    kept = {c.id: c.outputs for c in code if not_run(c, skip)}
+    for c in code:
+        if c.id in kept:
+            c.metadata.setdefault("tags", []).append("skip-execution")
+    NotebookClient(
+        nb, timeout=timeout, kernel_name="python3", record_timing=False, extra_arguments=KERNEL,
+        resources={"metadata": {"path": str(Path(path).parent)}},
+    ).execute()  # fmt: skip
+    for c in code:
+        if c.id in kept:
+            c.metadata.tags.remove("skip-execution")
+            c.outputs = kept[c.id]
+        merge_streams(c)
+    clean_nb(nb, allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split(), clean_ids=cfg.clean_ids)
+    return nb, len(code) - len(kept)
+
+
+# --- comparing two runs -------------------------------------------------------------------------------------------
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+SVG_ID = re.compile(r"\b[mphc][0-9a-f]{10}\b")  # matplotlib names shapes after a hash of their points
+
+
+def close(a, b, svg):
+    "Equal up to what another processor may do: the last digit, a rounding error; in a figure, a tenth of a point."
+    x, y = float(a), float(b)
+    if "." not in a and "e" not in a:
+        return x == y
+    digits, _, exponent = a.partition(".")[2].partition("e")
+    last = 10.0 ** (int(exponent or 0) - len(digits))
+    return abs(x - y) <= (0.1 if svg else max(1.01 * last, 1e-3 * abs(x), 1e-9))
+
+
+def same(a, b, svg=False):
+    "'equal', 'close' (the same text around numbers that differ in the last digit) or 'different'."
+    if a == b:
+        return "equal"
+    if svg:
+        a, b = SVG_ID.sub("id", a), SVG_ID.sub("id", b)
+    if NUMBER.sub("0", a) != NUMBER.sub("0", b):
+        return "different"
+    pairs = zip(NUMBER.findall(a), NUMBER.findall(b))
+    return "close" if all(x == y or close(x, y, svg) for x, y in pairs) else "different"
+
+
+def parts(output):
+    "The texts and figures in one output, by name."
+    if output.output_type == "stream":
+        return {output.name: output.text}
+    if output.output_type == "error":
+        return {"error": output.evalue}
+    return dict(output.data)
+
+
+def compare(old, new):
+    "One line for each cell whose outputs are not the stored ones, and the number that are equal only to rounding."
+    lines, rounded = [], 0
+    for i, (a, b) in enumerate(zip(old.cells, new.cells)):
+        if a.cell_type != "code":
+            continue
+        if len(a.outputs) != len(b.outputs):
+            lines.append(f"cell {i}: {len(a.outputs)} stored outputs, {len(b.outputs)} now\n{a.source}")
+            continue
+        for x, y in zip(map(parts, a.outputs), map(parts, b.outputs)):
+            kinds = {k: same(x.get(k, ""), y.get(k, ""), svg="svg" in k) for k in x.keys() | y.keys()}
+            rounded += "close" in kinds.values()
+            for k in sorted(k for k, v in kinds.items() if v == "different"):
+                shown = "the figure differs" if "svg" in k else f"stored: {x.get(k)}\nnow:    {y.get(k)}"
+                lines.append(f"cell {i} ({k}): {shown}\n{a.source}")
+    return lines, rounded
+
+
+def one(path, check, flags):
+    "Run one notebook; (path, cells run, seconds, complaints, rounded outputs)."
+    start = time.time()
+    try:
+        nb, cells = run(path, flags)
+    except CellExecutionError as e:
+        message = re.sub(r"\x1b\[[0-9;]*m", "", str(e))
+        return path, 0, time.time() - start, [message], 0
+    stderr = [o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stderr"]
+    lines, rounded = [f"wrote to stderr: {t}" for t in stderr], 0
+    if check:
+        differing, rounded = compare(nbformat.read(path, as_version=4), nb)
+        lines += differing
+    else:
+        path.write_text(nbformat.writes(nb).rstrip("\n") + "\n", encoding="utf-8")
+    return path, cells, time.time() - start, lines, rounded
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all of nbs/)")
+    p.add_argument("--check", action="store_true", help="compare with the stored outputs, write nothing")
+    p.add_argument("--flags", default="", help="also run cells with these flags, e.g. 'slow cuda'")
+    p.add_argument("-j", type=int, default=2, help="notebooks at a time")
+    a = p.parse_args()
+    os.environ.update(ENV)
+    if "cuda" in a.flags.split():
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    paths = a.paths or sorted(get_config().nbs_path.rglob("[!._]*.ipynb"))
+    paths = [p for p in paths if ".ipynb_checkpoints" not in p.parts]
+    cells, bad = 0, 0
+    with ThreadPoolExecutor(a.j) as pool:
+        for path, n, seconds, lines, rounded in pool.map(lambda p: one(p, a.check, a.flags.split()), paths):
+            note = f", {rounded} outputs equal up to rounding" if rounded else ""
+            print(f"{'FAILED' if lines else 'ok':6}  {path.name:24} {n:4} cells {seconds:6.1f} s{note}", flush=True)
+            for line in lines:
+                print("        " + line.strip().replace("\n", "\n        "))
+            cells, bad = cells + n, bad + bool(lines)
+    print(f"checked: {cells} cells in {len(paths)} notebooks")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
