@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from .attention import attention_output, attention_probabilities, repeat_kv, rope_matrices
-from .notation import AespaError, UnsupportedModelError
+from .notation import UnsupportedModelError
 
 # %% ../nbs/12_models.ipynb #8e65c23e
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class Family:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 LLAMA = Family(
-    "model.layers", "self_attn", *_QKV, "self_attn.o_proj", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "model.layers",
+    "self_attn",
+    *_QKV,
+    "self_attn.o_proj",
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     zeta=(
         ("input_layernorm", _QKV),
         ("self_attn.v_proj", ("self_attn.o_proj",)),
@@ -55,7 +59,11 @@ LLAMA = Family(
 
 # %% ../nbs/12_models.ipynb #c86a7028
 OPT = Family(
-    "model.decoder.layers", "self_attn", *_QKV, "self_attn.out_proj", ("fc1", "fc2"),
+    "model.decoder.layers",
+    "self_attn",
+    *_QKV,
+    "self_attn.out_proj",
+    ("fc1", "fc2"),
     zeta=(
         ("self_attn_layer_norm", _QKV),
         ("self_attn.v_proj", ("self_attn.out_proj",)),
@@ -80,10 +88,12 @@ def zeta_groups(model: PreTrainedModel) -> list[tuple[str, tuple[str, ...]]]:
     n_heads, n_kv_heads, _ = attention_shape(model)
     post_norm = not getattr(config, "do_layer_norm_before", True)
     relu = config.model_type != "opt" or config.activation_function == "relu"
-    free = lambda source, targets: not (
-        (targets == (family.o,) and n_heads != n_kv_heads)
-        or (post_norm and source.endswith("norm"))
-        or (source == "fc1" and not relu)
+    free = lambda source, targets: (
+        not (
+            (targets == (family.o,) and n_heads != n_kv_heads)
+            or (post_norm and source.endswith("norm"))
+            or (source == "fc1" and not relu)
+        )
     )
     return [(source, targets) for source, targets in family.zeta if free(source, targets)]
 
@@ -119,20 +129,29 @@ def _catch_entrance(model, block, tokens):
     return caught
 
 # %% ../nbs/12_models.ipynb #f3afac62
-def _to(value, device):
-    "`value` on `device`, floating tensors in float32 or float64; tuples are followed."
+def _to(value, device, dtype):
+    "`value` on `device`, floating tensors in `dtype`; tuples are followed."
     if isinstance(value, tuple):
-        return tuple(_to(v, device) for v in value)
+        return tuple(_to(v, device, dtype) for v in value)
     if not isinstance(value, Tensor):
         return value
-    narrow = value.dtype in (torch.float16, torch.bfloat16)
-    return value.to(device, torch.float32 if narrow else value.dtype)
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
-
+# %% ../nbs/12_models.ipynb #e720eb85
 def _mapped(folder, shape, dtype):
     "A tensor of zeros that lives in a file of `folder`."
     size = shape.numel()
     return torch.from_file(str(Path(folder) / "hidden_states"), shared=True, size=size, dtype=dtype).view(shape)
+
+
+def _entrance(model, tokens, batch_size, folder, dtype):
+    "Hidden states before the first block, in a file of `folder`, and the keyword arguments of one sequence."
+    block = model.get_submodule(family_of(model).blocks)[0]
+    first, kwargs = _catch_entrance(model, block, tokens[:1])
+    hidden = _mapped(folder, torch.Size((len(tokens), *first.shape[1:])), dtype)
+    for ids, part in zip(tokens.split(batch_size), hidden.split(batch_size)):
+        part.copy_(_catch_entrance(model, block, ids)[0])
+    return hidden, kwargs
 
 # %% ../nbs/12_models.ipynb #295bf5dc
 class BlockStream:
@@ -144,16 +163,14 @@ class BlockStream:
         tokens: Int[Tensor, "seq tok"],
         batch_size: int = 4,  # sequences that run together
         device: torch.device | str | None = None,  # where blocks run; None: where the model is
+        dtype: torch.dtype | None = None,  # in which blocks run; None: the model's
     ):
-        self.batch_size, self.device = batch_size, device or next(model.parameters()).device
-        block = model.get_submodule(family_of(model).blocks)[0]
+        self.batch_size, self.device = batch_size, device or model.device
+        self.dtype = dtype or model.dtype
         self.folder = tempfile.TemporaryDirectory(prefix="aespa_nb-")
-        first, kwargs = _catch_entrance(model, block, tokens[:1])
-        self.kwargs = {k: _to(v, self.device) for k, v in kwargs.items()}
-        first = _to(first, "cpu")
-        self.hidden = _mapped(self.folder.name, torch.Size((len(tokens), *first.shape[1:])), first.dtype)
-        for part in range(0, len(tokens), batch_size):
-            self.hidden[part : part + batch_size] = _catch_entrance(model, block, tokens[part : part + batch_size])[0]
+        self.close = self.folder.cleanup  # deletes the file
+        self.hidden, kwargs = _entrance(model, tokens, batch_size, self.folder.name, self.dtype)
+        self.kwargs = {k: _to(v, self.device, self.dtype) for k, v in kwargs.items()}
 
     def run(self, block: nn.Module, keep: bool = False) -> None:
         "Feeds every batch to `block`; with `keep` the outputs become the new hidden states."
@@ -161,10 +178,6 @@ class BlockStream:
             out = block(part.to(self.device), **self.kwargs)
             if keep:
                 part.copy_(out[0] if isinstance(out, tuple) else out)
-
-    def close(self) -> None:
-        "Deletes the file."
-        self.folder.cleanup()
 
 # %% ../nbs/12_models.ipynb #e4864ff0
 NAME = "aespa_nb"
@@ -200,7 +213,7 @@ def capturing(model: PreTrainedModel) -> Iterator[None]:
 def listening(
     listener: Callable,  # called with (module, Q, K, V, A): [batch heads d_head tok], A [batch heads tok_q tok_k]
 ) -> Iterator[None]:
-    "Calls `listener` at each attention call of a model that is `capturing`. Q and K carry their positions (RoPE) already."
+    "Calls `listener` at each attention call of a `capturing` model. Q and K carry their positions (RoPE) already."
     _listeners.append(listener)
     try:
         yield

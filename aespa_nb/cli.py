@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+# %% ../nbs/41_cli.ipynb #052413d2
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
@@ -46,16 +47,20 @@ def load_model(
     source: str,  # "reference", a folder, or a name on the Hugging Face hub
     dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    "A causal language model in evaluation mode and its tokenizer (None if it has none). Code that comes with a checkpoint is never run."
+    "A causal language model and its tokenizer, or None; code that comes with a checkpoint is never run."
     if source == "reference":
         return load_reference(dtype)[:2]
     local = Path(source).is_dir()
     if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise AespaError(f"no model folder at {source!r}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        ).eval()
     except (OSError, ValueError) as e:
-        raise AespaError(f"{source!r} could not be loaded as a causal language model: {str(e).strip().splitlines()[0]}") from e
+        raise AespaError(
+            f"{source!r} could not be loaded as a causal language model: {str(e).strip().splitlines()[0]}"
+        ) from e
     try:
         return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
@@ -101,7 +106,7 @@ def save_checkpoint(
     tensors = {}
     for name, r in report.layers.items():
         parts = {"W_int": r.W_int, "step": r.grid.step, "zero": r.grid.zero.to(torch.uint8), "zeta": r.zeta}
-        tensors.update({f"{name}.{k}": v.contiguous() for k, v in parts.items()})
+        tensors.update({f"{name}.{k}": v.clone() for k, v in parts.items()})  # layers may share zeta
     save_file(tensors, folder / "quantization.safetensors", {"bits": str(report.config.bits)})
     (folder / "quantization.json").write_text(report_json(report))
 
@@ -114,10 +119,12 @@ def compare_presets(
     names: list[str],  # what to call each run
     progress: bool = False,
 ) -> Iterator[tuple[dict, PreTrainedModel, QuantReport | None]]:
-    "Measures the full model, then quantizes a copy per run; yields a row of numbers, the model and the report for each."
+    "Measures the full model, then a rounded copy per run; yields a row of numbers, the model and the report of each."
     numel = sum(p.numel() for p in model.parameters())
     scores = evaluate_model(model, heldout)
-    row = dict(method="full", bits=16, perplexity=scores.perplexity, kl=0.0, top1=1.0, seconds=0.0, megabytes=numel * 2e-6)
+    row = dict(
+        method="full", bits=16, perplexity=scores.perplexity, kl=0.0, top1=1.0, seconds=0.0, megabytes=numel * 2e-6
+    )
     yield row, model, None
     for name, config in zip(names, runs):
         rounded = copy.deepcopy(model)
@@ -130,18 +137,21 @@ def _row(name, numel, report, scores) -> dict:
     "One line of the results."
     layers = sum(r.weight.numel() for r in report.layers.values())
     size = (layers * report.bits_per_weight / 8 + (numel - layers) * 2) / 1e6
-    keys = ("seconds", "peak_bytes", "budget_bytes", "bits_per_weight")
-    return dict(
-        method=name, bits=report.config.bits, **scores._asdict(), megabytes=size, **{k: getattr(report, k) for k in keys}
-    )
+    memory = dict(peak_MiB=report.peak_bytes / 2**20, budget_MiB=report.budget_bytes / 2**20)
+    measured = dict(seconds=report.seconds, megabytes=size, bits_per_weight=report.bits_per_weight)
+    return dict(method=name, bits=report.config.bits, **scores._asdict(), **measured, **memory)
 
 
 def _machine() -> dict:
     "What the numbers were measured on."
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(
-        python=platform.python_version(), torch=torch.__version__, transformers=transformers_version,
-        processor=platform.machine(), threads=torch.get_num_threads(), gpu=gpu,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers_version,
+        processor=platform.machine(),
+        threads=torch.get_num_threads(),
+        gpu=gpu,
     )
 
 # %% ../nbs/41_cli.ipynb #ae09141c
@@ -151,7 +161,13 @@ def results_table(rows: list[dict]) -> Table:
     for title in ("method", "bits", "perplexity", "KL", "top-1", "seconds", "MB packed"):
         table.add_column(title, justify="left" if title == "method" else "right")
     for r in rows:
-        cells = (f"{r['perplexity']:.2f}", f"{r['kl']:.4f}", f"{r['top1']:.1%}", f"{r['seconds']:.0f}", f"{r['megabytes']:.1f}")
+        cells = (
+            f"{r['perplexity']:.2f}",
+            f"{r['kl']:.4f}",
+            f"{r['top1']:.1%}",
+            f"{r['seconds']:.0f}",
+            f"{r['megabytes']:.1f}",
+        )
         table.add_row(r["method"], str(r["bits"]), *cells)
     return table
 
@@ -172,13 +188,15 @@ td:first-child,th:first-child{{text-align:left}}svg{{max-width:100%;height:auto}
 <h1>{title}</h1>{body}</html>
 """
 
-
+# %% ../nbs/41_cli.ipynb #f6bf3707
 def _html_table(rows) -> str:
     "Rows as an HTML table."
     show = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
     keys = list(dict.fromkeys(k for r in rows for k in r))
     head = "".join(f"<th>{html.escape(k)}</th>" for k in keys)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(show(r.get(k, '')))}</td>" for k in keys) + "</tr>" for r in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(show(r.get(k, '')))}</td>" for k in keys) + "</tr>" for r in rows
+    )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 # %% ../nbs/41_cli.ipynb #324af0a3
@@ -211,7 +229,9 @@ def _tokens(args, model, tokenizer) -> tuple[Tensor, Tensor]:
         raise AespaError(f"--seqlen {seqlen} exceeds the model's {longest} tokens")
     sources = (args.calibration, args.evaluation or args.calibration)
     if tokenizer is None:
-        raise AespaError("the model folder has no tokenizer: save one beside it, or call quantize_model with tokens of your own")
+        raise AespaError(
+            "the model folder has no tokenizer: save one beside it, or call quantize_model with tokens of your own"
+        )
     if "reference" in sources and len(tokenizer) != len(load_reference().tokenizer):
         raise AespaError("the bundled tokens fit the bundled model only: name a text file or corpus with --calibration")
     calib = calibration_tokens(sources[0], tokenizer, args.samples, seqlen, args.seed)
@@ -228,20 +248,26 @@ def _run_presets(args, model, tokenizer, keep=None) -> None:
     "Every preset at every bit-width: table, figures, results; the checkpoint of the run named `keep`."
     console, rows, figures = Console(), [], {}
     calib, heldout = _tokens(args, model, tokenizer)
-    console.print(f"{len(calib)} x {calib.shape[1]} calibration tokens, {len(heldout)} x {heldout.shape[1]} evaluation tokens")
+    console.print(
+        f"{len(calib)} x {calib.shape[1]} calibration tokens, {len(heldout)} x {heldout.shape[1]} evaluation tokens"
+    )
     names = [(p, b) for b in args.bits for p in args.presets]
     runs = [_config(args, *n) for n in names]
     with complete_folder(args.out) as out:
         for row, rounded, report in compare_presets(model, calib, heldout, runs, [p for p, _ in names], not args.quiet):
-            console.print(f"  {row['method']:9s} {row['bits']:2d} bits  perplexity {row['perplexity']:8.2f}  KL {row['kl']:.4f}")
+            console.print(
+                f"  {row['method']:9s} {row['bits']:2d} bits  perplexity {row['perplexity']:8.2f}  KL {row['kl']:.4f}"
+            )
             rows.append(row)
-            if report is not None:
+            if report is not None and row["method"] != "rtn":
                 figures[f"{row['method']}-{row['bits']}"] = _svg(plot_layers(report))
             if (row["method"], row["bits"]) == keep:
                 save_checkpoint(out / "checkpoint", rounded, tokenizer, report)
         write_results(out, f"aespa_nb: {args.model}", rows, _run(args, runs), figures)
     console.print(results_table(rows))
-    console.print(f"written to {args.out}: report.html, comparison.svg, results.json" + (", checkpoint/" if keep else ""))
+    console.print(
+        f"written to {args.out}: report.html, comparison.svg, results.json" + (", checkpoint/" if keep else "")
+    )
 
 # %% ../nbs/41_cli.ipynb #0fcb9391
 def _run(args, runs) -> dict:
@@ -264,7 +290,8 @@ def _quantize(args) -> None:
         figures = {"layers": _svg(plot_layers(report))}
         write_results(out, f"{args.model}: {args.preset}, {args.bits} bits", rows, _run(args, [config]), figures)
     Console().print(results_table(rows))
-    print(f"peak memory above the model {report.peak_bytes / 2**20:.0f} MiB; three blocks and statistics {report.budget_bytes / 2**20:.0f} MiB")
+    peak, budget = report.peak_bytes / 2**20, report.budget_bytes / 2**20
+    print(f"peak memory above the model {peak:.0f} MiB; three blocks and their statistics take {budget:.0f} MiB")
     print(f"written to {args.out}; load it with AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
 
 # %% ../nbs/41_cli.ipynb #d80f6bb3
@@ -289,14 +316,16 @@ def _demo(args) -> None:
     if keep:
         show_text(args.out, model, tokenizer)
 
-
+# %% ../nbs/41_cli.ipynb #7e7ba407
 def _compare(args) -> None:
     "`aespa_nb compare`"
     check_free(args.out)
     _run_presets(args, *load_model(args.model))
 
 # %% ../nbs/41_cli.ipynb #8eba0d0d
-def show_text(out: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = "Return a new array") -> None:
+def show_text(
+    out: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = "Return a new array"
+) -> None:
     "Prints how the full model and the saved checkpoint continue `prompt`, greedily."
     saved = AutoModelForCausalLM.from_pretrained(Path(out) / "checkpoint", dtype=torch.float32).eval()
     ids = tokenizer(prompt, return_tensors="pt")
@@ -307,14 +336,18 @@ def show_text(out: str | Path, model: PreTrainedModel, tokenizer: PreTrainedToke
 # %% ../nbs/41_cli.ipynb #5f35458a
 def _add_shared(p, out: str | None = None) -> None:
     "Options of every command that quantizes."
-    p.add_argument("--calibration", default="reference", help="text that calibrates: wikitext2, c4, ptb, a text file, or reference (default: %(default)s)")
+    p.add_argument(
+        "--calibration",
+        default="reference",
+        help="text that calibrates: wikitext2, c4, ptb, a text file, or reference (default: %(default)s)",
+    )
     p.add_argument("--evaluation", help="text that measures; its evaluation split is used (default: as --calibration)")
     p.add_argument("--samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
     p.add_argument("--seqlen", type=int, help="tokens in a sequence (default: the model's length, at most 2048)")
     p.add_argument("--eval-samples", type=int, help="evaluation windows (default: all)")
     p.add_argument("--group-size", type=int, help="inputs that share a step (default: the whole row)")
     p.add_argument("--symmetric", action="store_true", default=None, help="fix the zero-point to the middle code")
-    p.add_argument("--iterations", type=int, help="Adam steps per layer (default: 2000, as in the paper)")
+    p.add_argument("--iterations", type=int, help="Adam steps per layer (default: 2000, as in the paper; demo: 500)")
     p.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows (default: 0)")
     p.add_argument("--device", help="where blocks are worked on, e.g. cuda (default: where the model is)")
     p.add_argument("--out", required=out is None, default=out, help="folder to write; must not exist or be empty")
@@ -329,38 +362,57 @@ def _add_many(p, bits=(2, 3, 4)) -> None:
 
 def _add_demo(commands) -> None:
     "`demo`: compare, on the bundled model."
-    text = "All presets on the bundled model, at 2 and 3 bits; needs no network."
+    text = "All presets on the bundled model, at 2 and 3 bits, with 500 Adam steps per layer; needs no network."
     p = commands.add_parser("demo", help="all presets on the bundled model", description=text)
     _add_many(p, (2, 3))
     _add_shared(p, out="aespa_demo")
-    p.set_defaults(run=_demo, model="reference", eval_samples=128)
+    p.set_defaults(run=_demo, model="reference", eval_samples=128, iterations=500)
 
 # %% ../nbs/41_cli.ipynb #843d5851
-def _parser() -> argparse.ArgumentParser:
-    "The whole command line."
-    parser = argparse.ArgumentParser("aespa_nb", description="Attention-aware post-training quantization of Transformers to 2-8 bits.",
-        epilog="First time here? `aespa_nb demo` needs no network. Each command has its own --help.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    model = "a model folder, a name on the Hugging Face hub, or: reference (the bundled model)"
-    p = commands.add_parser("quantize", help="round one model and save it", description="Round one model and save it with a report.")
-    p.add_argument("model", help=model)
+_MODEL = "a model folder, a name on the Hugging Face hub, or: reference (the bundled model)"
+
+
+def _add_quantize(commands) -> None:
+    "`quantize`: one model, one preset, one bit-width."
+    text = "Round one model and save it with a report."
+    p = commands.add_parser("quantize", help="round one model and save it", description=text)
+    p.add_argument("model", help=_MODEL)
     p.add_argument("--bits", type=int, default=2, help="2 to 8 (default: 2)")
     p.add_argument("--preset", default="aespa", help=f"one of {', '.join(PRESETS)} (default: aespa)")
     _add_shared(p)
     p.set_defaults(run=_quantize)
-    p = commands.add_parser("eval", help="perplexity of a model, KL to another", description="Measure a model on held-out text.")
-    p.add_argument("model", help=model)
+
+
+def _add_compare(commands) -> None:
+    "`compare`: several presets and bit-widths on one model."
+    text = "Presets side by side on one model."
+    p = commands.add_parser("compare", help="several presets at several bit-widths", description=text)
+    p.add_argument("model", help=_MODEL)
+    _add_many(p)
+    _add_shared(p)
+    p.set_defaults(run=_compare)
+
+# %% ../nbs/41_cli.ipynb #c11parse
+def _add_eval(commands) -> None:
+    "`eval`: measure a model."
+    text = "Measure a model on held-out text."
+    p = commands.add_parser("eval", help="perplexity of a model, KL to another", description=text)
+    p.add_argument("model", help=_MODEL)
     p.add_argument("--reference", help="the full-precision model to measure KL against")
     p.add_argument("--data", default="reference", help="wikitext2, c4, ptb, a text file, or reference (default)")
     p.add_argument("--seqlen", type=int, help="tokens in a window (default: the model's length, at most 2048)")
     p.add_argument("--eval-samples", type=int, help="windows (default: all)")
     p.set_defaults(run=_eval, seed=0)
-    p = commands.add_parser("compare", help="several presets at several bit-widths", description="Presets side by side on one model.")
-    p.add_argument("model", help=model)
-    _add_many(p)
-    _add_shared(p)
-    p.set_defaults(run=_compare)
-    _add_demo(commands)
+
+
+def _parser() -> argparse.ArgumentParser:
+    "The whole command line."
+    text = "Attention-aware post-training quantization of Transformers to 2-8 bits."
+    hint = "First time here? `aespa_nb demo` needs no network. Each command has its own --help."
+    parser = argparse.ArgumentParser("aespa_nb", description=text, epilog=hint)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_quantize, _add_eval, _add_compare, _add_demo):
+        add(commands)
     return parser
 
 # %% ../nbs/41_cli.ipynb #b301acfc

@@ -48,7 +48,9 @@ def random_windows(
     if samples < 1 or seqlen < 2:
         raise AespaError(f"samples must be at least 1 and seqlen at least 2, not {samples} and {seqlen}")
     if len(ids) < seqlen:
-        raise AespaError(f"the text has {len(ids)} tokens, fewer than one window of {seqlen}; give more text or a smaller seqlen")
+        raise AespaError(
+            f"the text has {len(ids)} tokens, fewer than one window of {seqlen}; give more text or a smaller seqlen"
+        )
     starts = torch.randint(0, len(ids) - seqlen + 1, (samples,), generator=torch.Generator().manual_seed(seed))
     return ids.unfold(0, seqlen, 1)[starts].clone()
 
@@ -56,7 +58,9 @@ def random_windows(
 def consecutive_windows(ids: Int[Tensor, " tok"], seqlen: int) -> Int[Tensor, "seq tok"]:
     "All windows without gap or overlap; the rest is dropped."
     if len(ids) < seqlen:
-        raise AespaError(f"the text has {len(ids)} tokens, fewer than one window of {seqlen}; give more text or a smaller seqlen")
+        raise AespaError(
+            f"the text has {len(ids)} tokens, fewer than one window of {seqlen}; give more text or a smaller seqlen"
+        )
     return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
 
 # %% ../nbs/13_data.ipynb #0ea47f36
@@ -69,14 +73,17 @@ class Corpus(NamedTuple):
     evaluation: str  # split
     column: str
 
-
+# %% ../nbs/13_data.ipynb #b4902187
+_C4 = "en/c4-{}.00000-of-{}.json.gz"  # the first file of a split
 CORPORA = {
     "wikitext2": Corpus("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}, "train", "test", "text"),
     "ptb": Corpus("ptb-text-only/ptb_text_only", {"revision": "refs/convert/parquet"}, "train", "test", "sentence"),
     "c4": Corpus(
         "allenai/c4",
-        {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}},
-        "train", "validation", "text",
+        {"data_files": {"train": _C4.format("train", "01024"), "validation": _C4.format("validation", "00008")}},
+        "train",
+        "validation",
+        "text",
     ),
 }
 
@@ -108,7 +115,7 @@ def _hub_text(corpus: Corpus, evaluation: bool, documents: int = 20_000) -> str:
         rows = load_dataset(corpus.path, split=split, **corpus.options)
     except Exception as e:
         raise AespaError(
-            f"{corpus.path} could not be loaded ({type(e).__name__}): check the network, or calibrate on a text file of your own"
+            f"{corpus.path} could not be loaded ({type(e).__name__}): check the network, or use a text file of your own"
         ) from e
     return "\n\n".join(rows[: min(documents, len(rows))][corpus.column])
 
@@ -125,7 +132,7 @@ def calibration_tokens(
         return random_windows(load_reference().calib.flatten(), samples, seqlen, seed)
     return random_windows(_encode(load_text(source), tokenizer), samples, seqlen, seed)
 
-
+# %% ../nbs/13_data.ipynb #aeb410e3
 def evaluation_tokens(
     source: str,  # as for `calibration_tokens`
     tokenizer: PreTrainedTokenizerBase,
@@ -133,7 +140,11 @@ def evaluation_tokens(
     samples: int | None = None,  # only the first windows; None: all
 ) -> Int[Tensor, "seq tok"]:
     "Consecutive windows of the evaluation split."
-    ids = load_reference().heldout.flatten() if source == "reference" else _encode(load_text(source, evaluation=True), tokenizer)
+    ids = (
+        load_reference().heldout.flatten()
+        if source == "reference"
+        else _encode(load_text(source, evaluation=True), tokenizer)
+    )
     return consecutive_windows(ids, seqlen)[:samples]
 
 # %% ../nbs/13_data.ipynb #dea4a31f

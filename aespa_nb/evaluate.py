@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +25,7 @@ class Scores(NamedTuple):
     kl: float | None  # nats per token against the reference
     top1: float | None  # share of positions at which both models have the same likeliest token
 
-
+# %% ../nbs/13b_evaluate.ipynb #71337674
 @torch.no_grad()
 def evaluate_model(
     model: PreTrainedModel,

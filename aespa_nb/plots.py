@@ -14,16 +14,25 @@ from .aespa import QuantReport
 
 # %% ../nbs/40_plots.ipynb #3b5d1e4e
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+_STYLE = {
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "figure.figsize": (6, 3.2),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "image.cmap": "viridis",
+    "svg.hashsalt": "aespa_nb",
+    "savefig.bbox": "tight",
+}
 
-
+# %% ../nbs/40_plots.ipynb #9244cdea
 def use_style() -> None:
     "Sets the style of all figures: colour-blind-safe cycle, open frames, SVG in notebooks."
-    plt.rcParams.update({
-        "axes.prop_cycle": cycler(color=COLOURS), "figure.figsize": (6, 3.2), "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 11,
-        "axes.titlelocation": "left", "legend.frameon": False, "image.cmap": "viridis",
-        "svg.hashsalt": "aespa_nb", "savefig.bbox": "tight",
-    })
+    plt.rcParams.update(_STYLE)
     try:
         from IPython import get_ipython
         from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -49,24 +58,27 @@ def plot_layers(report: QuantReport) -> Figure:
     ax.grid(False)
     for i, b in enumerate(blocks):
         for j, n in enumerate(names):
-            ax.text(j, i, f"{ratio[b, n]:.2f}", ha="center", va="center", fontsize=8, color="white" if ratio[b, n] < 0.6 else "black")
+            ink = "white" if ratio[b, n] < 0.6 else "black"
+            ax.text(j, i, f"{ratio[b, n]:.2f}", ha="center", va="center", fontsize=8, color=ink)
     fig.colorbar(image, ax=ax, pad=0.02)
     return fig
 
 # %% ../nbs/40_plots.ipynb #1038412f
 def plot_comparison(rows: list[dict]) -> Figure:
-    "KL divergence of each method at each bit-width, on a logarithmic axis; shorter bars are better."
+    "KL divergence of each method at each bit-width; shorter bars are better."
     rows = [r for r in rows if r["kl"] is not None and r["bits"] < 16]
     widths = sorted({r["bits"] for r in rows})
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    fig, axes = plt.subplots(1, len(widths), figsize=(3.4 * len(widths) + 0.6, 0.9 + 0.36 * len(methods)), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(widths), figsize=(3.4 * len(widths) + 0.6, 0.9 + 0.36 * len(methods)), sharey=True, squeeze=False
+    )
     for ax, bits in zip(axes[0], widths):
         kl = {r["method"]: r["kl"] for r in rows if r["bits"] == bits}
         shown = [m for m in methods if m in kl]
         bars = ax.barh(shown, [kl[m] for m in shown], color=[COLOURS[methods.index(m) % len(COLOURS)] for m in shown])
         ax.bar_label(bars, [f"{kl[m]:.3g}" for m in shown], padding=3)
-        ax.set(xscale="log", xlabel="KL to full precision (nats per token)", title=f"INT{bits}")
-        ax.set_xlim(right=max(kl.values()) * 2.2)
+        ax.set(xlabel="KL to full precision (nats per token)", title=f"INT{bits}")
+        ax.set_xlim(0, max(kl.values()) * 1.18)
         ax.grid(axis="y", visible=False)
     axes[0, 0].invert_yaxis()
     fig.tight_layout()

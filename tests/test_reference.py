@@ -58,6 +58,6 @@ def test_methods_rank_as_the_book_says(reference, bits):
     kl = {}
     for preset in ("rtn", "gptq", "adaround", "aespa"):
         rounded = copy.deepcopy(full)
-        quantize_model(rounded, calib, AespaConfig.preset(preset, bits=bits, samples=24, iterations=400, lr=0.05))
+        quantize_model(rounded, calib, AespaConfig.preset(preset, bits=bits, samples=24, iterations=400))
         kl[preset] = evaluate_model(rounded, heldout[:24], full).kl
     assert kl["aespa"] < kl["adaround"] < kl["rtn"] and kl["aespa"] < kl["gptq"], kl
