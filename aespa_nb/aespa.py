@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'RunConfig', 'AespaConfig', 'block_losses', 'LayerResult', 'round_layer', 'QuantReport', 'report_rows',
-           'report_json', 'quantize_model']
+           'report_json', 'check_model', 'quantize_model']
 
 # %% ../nbs/14_aespa.ipynb #99f969c4
 import contextlib
@@ -362,7 +362,7 @@ def report_json(report: QuantReport) -> str:
     return json.dumps({"config": config, **totals, "layers": report_rows(report)}, indent=1)
 
 # %% ../nbs/14_aespa.ipynb #45465794
-def _check_model(model, tokens, config) -> None:
+def check_model(model: PreTrainedModel, tokens: Int[Tensor, "seq tok"], config: AespaConfig) -> None:
     "Raises an `AespaError` if the run would fail or make no sense."
     family = family_of(model)
     check_tokens(tokens, model)
@@ -392,7 +392,7 @@ def quantize_model(
     progress: bool = False,  # show a progress bar
 ) -> QuantReport:
     "Rounds the linears of all blocks in place (aespa, Algorithm 1); embeddings, norms and output layer stay."
-    _check_model(model, tokens, config)
+    check_model(model, tokens, config)
     tokens = _draw(tokens, config)
     blocks, training = model.get_submodule(family_of(model).blocks), model.training
     device = torch.device(config.device or model.device)
