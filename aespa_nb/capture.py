@@ -144,13 +144,14 @@ def _mapped(folder, shape, dtype):
     return torch.from_file(str(Path(folder) / "hidden_states"), shared=True, size=size, dtype=dtype).view(shape)
 
 
+@torch.no_grad()
 def _entrance(model, tokens, batch_size, folder, dtype):
     "Hidden states before the first block, in a file of `folder`, and the keyword arguments of one sequence."
     block = model.get_submodule(family_of(model).blocks)[0]
     first, kwargs = _catch_entrance(model, block, tokens[:1])
     hidden = _mapped(folder, torch.Size((len(tokens), *first.shape[1:])), dtype)
-    for ids, part in zip(tokens.split(batch_size), hidden.split(batch_size)):
-        part.copy_(_catch_entrance(model, block, ids)[0])
+    for at in range(0, len(tokens), batch_size):
+        hidden[at : at + batch_size] = _catch_entrance(model, block, tokens[at : at + batch_size])[0]
     return hidden, kwargs
 
 # %% ../nbs/12_models.ipynb #295bf5dc

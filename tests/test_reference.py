@@ -40,7 +40,7 @@ def test_perplexity_is_the_cards(reference):
     "On every eighth held-out window, against the number for the whole split."
     card = json.loads((FOLDER / "training.json").read_text())
     measured = evaluate_model(reference.model, reference.heldout[::8]).perplexity
-    assert measured == pytest.approx(card["heldout_perplexity"], rel=0.1)
+    assert measured == pytest.approx(card["heldout"]["perplexity"], rel=0.1)
 
 
 def test_tokens_by_name(reference):
