@@ -51,7 +51,7 @@ def test_tokens_by_name(reference):
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_methods_rank_as_the_book_says(reference, bits):
-    "A short run on the first three blocks: aespa < adaround < rtn and aespa < gptq in KL."
+    "A short run on the first three blocks: learned rounding beats GPTQ, and GPTQ beats round-to-nearest, in KL."
     model, _, calib, heldout = reference
     full = copy.deepcopy(model)
     full.model.layers = full.model.layers[:3]
@@ -60,4 +60,4 @@ def test_methods_rank_as_the_book_says(reference, bits):
         rounded = copy.deepcopy(full)
         quantize_model(rounded, calib, AespaConfig.preset(preset, bits=bits, samples=24, iterations=400))
         kl[preset] = evaluate_model(rounded, heldout[:24], full).kl
-    assert kl["aespa"] < kl["adaround"] < kl["rtn"] and kl["aespa"] < kl["gptq"], kl
+    assert max(kl["aespa"], kl["adaround"]) < kl["gptq"] < kl["rtn"], kl
