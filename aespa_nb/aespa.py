@@ -8,6 +8,7 @@ __all__ = ['PRESETS', 'RunConfig', 'AespaConfig', 'block_losses', 'LayerResult',
 
 # %% ../nbs/14_aespa.ipynb #99f969c4
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -24,22 +25,51 @@ from transformers import PreTrainedModel
 
 # %% ../nbs/14_aespa.ipynb #bc6704fb
 from .adaround import adaround
-from .capture import BlockStream, attention_shape, capturing, family_of, listening, rotation_of, zeta_groups
+from aespa_nb.capture import (
+    BlockStream,
+    attention_shape,
+    capturing,
+    family_of,
+    listening,
+    rotation_of,
+    stream_readers,
+    zeta_groups,
+)
 from .data import check_tokens
+from .descent import best_of_starts, vary_grid
+from .gaussnewton import GaussNewtonStatistics, output_metric
 from .gptq import gptq
 from .grid import Grid, check_bits, grouped, minmax_grid
 from .gridfit import fit_grid
 from .hessian import Gram, damp
 from .notation import AespaError, NumericalError, UnsupportedModelError
 from .precompute import AttentionStatistics, KroneckerLoss
+from .target import StreamGram, drift_map, full_precision_target
+from .tune import tune_scales
 from .zfold import zfold
 
 # %% ../nbs/14_aespa.ipynb #14b07105
 _CHOICES = {
-    "objective": ("layer", "attention"),
+    "objective": ("layer", "attention", "gauss-newton"),
     "grid": ("minmax", "hessian"),
-    "solver": ("rtn", "gptq", "adaround", "gptq+adaround"),
+    "solver": ("rtn", "gptq", "adaround", "gptq+adaround", "descent"),
 }
+
+# %% ../nbs/14_aespa.ipynb #c14ranges
+def _validate_ranges(config) -> None:
+    "Raises `AespaError` for a number out of its range, or for fields that contradict each other."
+    if config.damping < 0:
+        raise AespaError(f"damping must not be negative, not {config.damping}")
+    if not 0 <= config.correction <= 1:
+        raise AespaError(f"correction must lie between 0 and 1, not {config.correction}")
+    if config.tuning < 0:
+        raise AespaError(f"tuning must not be negative, not {config.tuning}")
+    if config.starts not in range(1, 7):
+        raise AespaError(f"starts must be a whole number from 1 to 6, not {config.starts}")
+    if config.zfold and config.grid == "minmax":
+        raise AespaError('zfold searches its grids under H: use grid="hessian", or zfold=False')
+    if config.dtype not in (torch.float32, torch.float64):
+        raise AespaError(f"dtype must be torch.float32 or torch.float64, not {config.dtype}")
 
 # %% ../nbs/14_aespa.ipynb #040a1a3d
 def _validate(config) -> None:
@@ -54,12 +84,8 @@ def _validate(config) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise AespaError(f"{name} must be positive, not {value}")
-    if config.damping < 0:
-        raise AespaError(f"damping must not be negative, not {config.damping}")
-    if config.zfold and config.grid == "minmax":
-        raise AespaError('zfold searches its grids under H: use grid="hessian", or zfold=False')
-    if config.dtype not in (torch.float32, torch.float64):
-        raise AespaError(f"dtype must be torch.float32 or torch.float64, not {config.dtype}")
+    _validate_ranges(config)
+
 
 # %% ../nbs/14_aespa.ipynb #c14runcf
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +93,7 @@ class RunConfig:
     "On what data and where `quantize_model` works; nothing here changes the method."
 
     samples: int | None = None  # sequences drawn from the tokens with `seed`; None: all of them
-    batch_size: int = 1  # sequences that run together; more is faster where memory allows
+    batch_size: int = 1  # sequences that run together; more may be faster on a GPU, where memory allows
     seed: int = 0
     device: str | None = None  # where blocks are worked on; None: where the model is
     dtype: torch.dtype = torch.float32  # of statistics and solving
@@ -76,14 +102,16 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class AespaConfig(RunConfig):
     "What `quantize_model` does, and how (`RunConfig`). Raises `AespaError` if a field cannot work."
-
     bits: int = 2  # 2 to 8
     group_size: int | None = None  # inputs that share a step; None: the whole row (per-channel)
     symmetric: bool = False  # zero-point fixed to the middle code
-    objective: str = "attention"  # "attention": refined losses for Q, K, V; "layer": tr(dW H dW^T) for all
+    objective: str = "attention"  # "attention": the paper's losses for Q, K, V; "gauss-newton"; "layer": tr(dW H dW^T)
     grid: str = "hessian"  # "hessian": search under H; "minmax": full range
-    zfold: bool = True  # per-input scales where they are free
-    solver: str = "gptq+adaround"  # "rtn", "gptq", "adaround" (from nearest) or "gptq+adaround"
+    zfold: bool = False  # per-input scales where they are free
+    solver: str = "gptq+adaround"  # "rtn", "gptq", "adaround" (from nearest), "gptq+adaround" or "descent" (from GPTQ)
+    starts: int = 1  # grids that the descent starts from, 1 to 6
+    correction: float = 0.0  # share of the earlier layers' error to undo: 0 takes the drifted inputs as they are
+    tuning: int = 0  # Adam steps on steps and norm weights, through the whole block
     iterations: int = 2000  # Adam steps per layer
     lr: float | None = None  # of Adam; None: 30 / iterations, the paper's 0.015 at 2000 steps
     loss_scale: float = 0.01  # weight of the loss against the rounding penalty
@@ -97,11 +125,14 @@ class AespaConfig(RunConfig):
         return cls(bits=bits, **{**_recipe(name), **changes})
 
 # %% ../nbs/14_aespa.ipynb #1d8ca4cd
+_BEST = dict(objective="gauss-newton", solver="descent", starts=3, correction=0.8, damping=0.05)
 PRESETS = {
-    "rtn": dict(objective="layer", grid="minmax", zfold=False, solver="rtn"),
-    "gptq": dict(objective="layer", grid="hessian", zfold=False, solver="gptq"),
-    "adaround": dict(objective="layer", grid="hessian", zfold=False, solver="adaround"),
-    "aespa": dict(objective="attention", grid="hessian", zfold=True, solver="gptq+adaround"),
+    "rtn": dict(objective="layer", grid="minmax", solver="rtn"),
+    "gptq": dict(objective="layer", grid="hessian", solver="gptq"),
+    "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
+    "aespa": dict(objective="attention", grid="hessian", solver="gptq+adaround"),
+    "best": _BEST,
+    "max": dict(_BEST, tuning=40),
 }
 
 
@@ -114,7 +145,7 @@ def _recipe(name: str) -> dict:
 # %% ../nbs/14_aespa.ipynb #643d386a
 @contextlib.contextmanager
 def _hearing_inputs(block: nn.Module, listeners: dict[str, Callable]) -> Iterator[None]:
-    "Calls `listeners[name](X)` with `X` `[batch inp tok]` whenever the linear `name` runs."
+    "Calls `listeners[name](X)` with `X` `[batch inp tok]` whenever the linear `name` is about to run."
     hooks = [
         block.get_submodule(name).register_forward_pre_hook(lambda m, args, f=f: f(args[0].transpose(-1, -2)))
         for name, f in listeners.items()
@@ -125,31 +156,74 @@ def _hearing_inputs(block: nn.Module, listeners: dict[str, Callable]) -> Iterato
         for hook in hooks:
             hook.remove()
 
+# %% ../nbs/14_aespa.ipynb #c14sums
+def _attention_sums(model, block, stream, objective, dtype):
+    "What gathers the attention module's statistics, and the function that takes `(module, X, Q, K, V, A)`."
+    family, n_heads = family_of(model), attention_shape(model)[0]
+    inp, attention = block.get_submodule(family.q).in_features, block.get_submodule(family.attention)
+    args = (*attention_shape(model), inp, rotation_of(stream), stream.device, dtype)
+    if objective == "attention":
+        sums = AttentionStatistics(*args)
+        add = lambda X, Q, K, V, A: sums.add(X, Q, K, A)
+    else:
+        metric = output_metric(block.get_submodule(family.o).weight.to(dtype), n_heads)
+        sums = GaussNewtonStatistics(*args, metric=metric, stride=8, coarse=2)
+        add = sums.add
+    return sums, lambda module, *record: module is attention and add(*record)
+
 # %% ../nbs/14_aespa.ipynb #fa40cfcc
+def _one_pass(block, stream, grams, readers, add_attention, full) -> None:
+    "Runs `stream` through `block` as far as the last of `grams`; fills `grams`, and calls `add_attention`."
+    seen, aims, first = {}, {}, list(grams)[0][0]
+    sources = {readers[names[0]] for names in grams if names[0] in readers} if full else set()
+
+    def hear(names, X):
+        head, gram = names[0], grams[names]
+        seen[head] = X
+        gram.add_pair(X, aims[head]) if full else gram.add(X)
+        if full and head in readers:
+            gram.add_stream(X, aims[readers[head]] - seen[readers[head]])
+
+    keep = lambda place: {name: lambda X, name=name: place.update({name: X}) for name in sources}
+    listeners = keep(seen) | {names[0]: functools.partial(hear, names) for names in grams}
+    attended = lambda module, *record: add_attention and add_attention(module, seen.get(first), *record)
+    with _hearing_inputs(block, listeners), listening(attended):
+        last = list(grams)[-1][0]
+        steps = stream.steps(block, stop=next(iter(readers)) if add_attention and last == first else last)
+        for _ in _beside(full, grams, keep(aims), aims, last, steps) if full else steps:
+            pass
+
+# %% ../nbs/14_aespa.ipynb #c14beside
+def _beside(full, grams, listeners, aims, last, steps):
+    "`steps`, each after the same batch of the full-precision stream has left its inputs in `aims`."
+    reference, stream = full
+    listeners |= {names[0]: lambda X, n=names[0]: aims.update({n: X}) for names in grams}
+    with _hearing_inputs(reference, listeners):
+        yield from zip(stream.steps(reference, stop=last), steps, strict=True)
+
+# %% ../nbs/14_aespa.ipynb #c14losses
 def block_losses(
     model: PreTrainedModel,
     block: nn.Module,
     stream: BlockStream,
     objective: str = "attention",
     dtype: torch.dtype = torch.float32,
-) -> dict[str, KroneckerLoss]:
-    "The pre-computed loss of every linear of `block`, from one pass; `model` must be `capturing`."
+    groups: list[tuple[str, ...]] | None = None,  # linears that read the same input; None: all of the block
+    full: tuple[nn.Module, BlockStream] | None = None,  # the block and its stream at full precision
+) -> tuple[dict[str, KroneckerLoss], dict[str, StreamGram]]:  # of each linear; with `full` also how its input drifted
+    "The pre-computed loss of the linears of `block`, from one pass; `model` must be `capturing`."
     family, device = family_of(model), stream.device
-    width = lambda name: block.get_submodule(name).in_features
-    statistics = AttentionStatistics(*attention_shape(model), width(family.q), rotation_of(stream), device, dtype)
-    grams = {names: Gram(width(names[0]), device, dtype) for _, names in family.zeta if family.q not in names}
-    seen = {}
-    listeners = {names[0]: gram.add for names, gram in grams.items()}
-    listeners[family.q] = lambda X: seen.update(X=X)
-    heard = lambda module, Q, K, V, A: statistics.add(seen["X"], Q, K, A)
-    with _hearing_inputs(block, listeners), listening(heard):
-        stream.run(block)
-    _check_records(statistics.gram.tokens, stream, model)
-    plain = objective == "layer"
-    qkv = dict.fromkeys("qkv", KroneckerLoss(statistics.gram.mean())) if plain else statistics.losses()
-    shared = ((names, KroneckerLoss(gram.mean())) for names, gram in grams.items())
-    others = {name: loss for names, loss in shared for name in names}
-    return {getattr(family, role): loss for role, loss in qkv.items()} | others
+    groups = groups or [names for _, names in family.zeta]
+    kind, width = StreamGram if full else Gram, lambda name: block.get_submodule(name).in_features
+    grams = {names: kind(width(names[0]), device, dtype) for names in groups}
+    attention = objective != "layer" and family.q in groups[0]
+    sums, add = _attention_sums(model, block, stream, objective, dtype) if attention else (None, None)
+    _one_pass(block, stream, grams, stream_readers(model), add, full)
+    losses = {name: KroneckerLoss(gram.mean()) for names, gram in grams.items() for name in names}
+    if attention:
+        _check_records(sums.gram.tokens, stream, model)
+        losses |= {getattr(family, role): loss for role, loss in sums.losses().items()}
+    return losses, {name: gram for names, gram in grams.items() for name in names} if full else {}
 
 # %% ../nbs/14_aespa.ipynb #e4d31f1c
 def _check_records(tokens: int, stream: BlockStream, model: PreTrainedModel) -> None:
@@ -180,24 +254,42 @@ class LayerResult:
         return grid.codes(self.weight.detach().cpu().double() / self.zeta.double()).to(torch.uint8)
 
 # %% ../nbs/14_aespa.ipynb #61b859be
-def _codes(U, grid, loss, config):
-    "Codes of `U` found by the configured solver."
-    if config.solver == "rtn":
-        return grid.codes(U)
-    start = None
-    if config.solver.startswith("gptq"):
-        codes, start = gptq(U, loss.H, grid)
-        if config.solver == "gptq":
-            return codes
+def _pieces(U, grid, loss, start):
+    "The problem cut into at most four that don't interact: heads, or rows when `G` is the identity."
+    n = min(4, len(U), max(1, U.numel() >> 16)) if U.ndim == 3 or loss.G is None else 1
+    per_head = lambda M: M.tensor_split(n) if M is not None and M.ndim == 3 else [M] * n
+    steps, zeros = grid.step.tensor_split(n), grid.zero.tensor_split(n)
+    grids = [replace(grid, step=step, zero=zero) for step, zero in zip(steps, zeros)]
+    losses = [KroneckerLoss(H, G) for H, G in zip(per_head(loss.H), per_head(loss.G))]
+    return zip(U.tensor_split(n), grids, losses, start.tensor_split(n))
+
+
+def _learn(U, grid, loss, start, config):
+    "AdaRound, piece by piece: Adam's many arrays are a piece's size, not a layer's."
     lr = config.lr or 30 / config.iterations
-    return adaround(U, grid, loss, start, config.iterations, lr, loss_scale=config.loss_scale)
+    learn = lambda *piece: adaround(*piece, config.iterations, lr, loss_scale=config.loss_scale)
+    return torch.cat([learn(*piece) for piece in _pieces(U, grid, loss, start)])
 
-
+# %% ../nbs/14_aespa.ipynb #c14codes
 def _fit(U, H, config):
-    "The grid of the configured kind."
+    "The grid of the configured kind; a coarse search where the solver refits the steps."
     if config.grid == "minmax":
         return minmax_grid(U, config.bits, config.group_size, config.symmetric)
-    return fit_grid(U, H, config.bits, config.group_size, config.symmetric)
+    n_clip = 20 if config.solver == "descent" else 50
+    return fit_grid(U, H, config.bits, config.group_size, config.symmetric, n_clip)
+
+# %% ../nbs/14_aespa.ipynb #c14solve
+def _solve(U, grid, loss, config):
+    "Codes of `U` found by the configured solver, and their grid."
+    if config.solver == "rtn":
+        return grid.codes(U), grid
+    if config.solver == "descent":
+        grids = vary_grid(grid, shifts=() if config.symmetric else (1, -1))[: config.starts]
+        starts = [(g, gptq(U, loss.H, g).W_int) for g in grids]
+        result = best_of_starts(U, loss.H, loss.G, starts)
+        return result.W_int, result.grid
+    codes, start = gptq(U, loss.H, grid) if config.solver.startswith("gptq") else (None, U)
+    return codes if config.solver == "gptq" else _learn(U, grid, loss, start, config), grid
 
 # %% ../nbs/14_aespa.ipynb #1e14b1a1
 def round_layer(
@@ -205,29 +297,43 @@ def round_layer(
     loss: KroneckerLoss,  # damped
     zeta: Float[Tensor, " inp"],
     config: AespaConfig,
+    target: Float[Tensor, "out inp"] | None = None,  # what to approximate; None: W
 ) -> tuple[Float[Tensor, "out inp"], Grid, float, float]:  # W_hat, grid, loss of RTN, loss
     "Rounds one weight: grid, then codes. Each head of a per-head loss is its own problem."
+    target = W if target is None else target
     scaled = KroneckerLoss(loss.H * zeta[:, None] * zeta, loss.G)
-    U = scaled.split(W / zeta)
-    grid = _fit(U, scaled.H, config)
-    codes = _codes(U, grid, scaled, config)
+    U = scaled.split(target / zeta)
+    codes, grid = _solve(U, _fit(U, scaled.H, config), scaled, config)
     U_hat = grid.values(codes)
     rtn = minmax_grid(W, config.bits, config.group_size, config.symmetric).round(W)
     W_hat = U_hat.reshape(W.shape) * zeta
-    return W_hat, grid.view(len(W)), float(loss(rtn - W)), float(scaled(U_hat - U))
+    return W_hat, grid.view(len(W)), float(loss(rtn - target)), float(scaled(U_hat - U))
 
 # %% ../nbs/14_aespa.ipynb #84d11432
-def _zetas(model, block, losses, config):
+def _zetas(model, targets, losses, config):
     "`zeta` of every linear; ones where it is not free or not wanted."
-    zetas = {n: losses[n].H.new_ones(block.get_submodule(n).in_features) for n in losses}
-    if not config.zfold:
-        return zetas
-    for _, names in zeta_groups(model):
-        Ws = [losses[n].split(block.get_submodule(n).weight.to(config.dtype)) for n in names]
-        Hs = [losses[n].H / losses[n].H.diagonal(dim1=-2, dim2=-1).mean() for n in names]
-        zeta, _ = zfold(Ws, Hs, config.bits, config.group_size, config.symmetric, rounds=2, n_clip=12)
-        zetas.update(dict.fromkeys(names, zeta))
+    zetas = {name: loss.H.new_ones(loss.H.shape[-1]) for name, loss in losses.items()}
+    for _, names in zeta_groups(model) if config.zfold else ():
+        if names[0] in losses:
+            Ws = [losses[n].split(targets[n]) for n in names]
+            Hs = [losses[n].H / losses[n].H.diagonal(dim1=-2, dim2=-1).mean() for n in names]
+            zeta, _ = zfold(Ws, Hs, config.bits, config.group_size, config.symmetric, rounds=2, n_clip=12)
+            zetas.update(dict.fromkeys(names, zeta))
     return zetas
+
+# %% ../nbs/14_aespa.ipynb #c14targets
+def _targets(block, losses, drifts, config):
+    "What every linear is to approximate: its weight, or the full-precision target where a drift was measured."
+    weights = {name: block.get_submodule(name).weight.to(config.dtype) for name in losses}
+    maps = {id(gram): (drift_map(gram.mean(), gram.drift()), gram) for gram in drifts.values()}
+
+    def aim(name, W):
+        S, gram = maps[id(drifts[name])]
+        R = gram.stream_drift()
+        stream = None if R is None else drift_map(gram.mean(), R)
+        return full_precision_target(W, S, config.correction, stream)
+
+    return {name: aim(name, W) if drifts else W for name, W in weights.items()}
 
 # %% ../nbs/14_aespa.ipynb #8117f2ae
 def _damped(losses: dict[str, KroneckerLoss], ratio: float) -> tuple[dict[str, KroneckerLoss], int]:
@@ -245,19 +351,31 @@ def _damped(losses: dict[str, KroneckerLoss], ratio: float) -> tuple[dict[str, K
     return losses, sum(M.nbytes for M in done.values())
 
 # %% ../nbs/14_aespa.ipynb #769ba8a8
-def _quantize_block(model, block, stream, config, announce) -> dict[str, LayerResult]:
-    "Rounds the linears of `block` in place; names are relative to the block."
-    losses = block_losses(model, block, stream, config.objective, config.dtype)
-    losses, memory = _damped(losses, config.damping)
-    zetas, results = _zetas(model, block, losses, config), {}
+def _quantize_linears(model, block, losses, drifts, config, announce) -> dict[str, LayerResult]:
+    "Rounds the linears that have a loss, in place."
+    targets, results = _targets(block, losses, drifts, config), {}
+    zetas = _zetas(model, targets, losses, config)
     for name in list(losses):
         announce(name)
         start, weight = time.perf_counter(), block.get_submodule(name).weight
-        W_hat, grid, rtn, loss = round_layer(weight.to(config.dtype), losses.pop(name), zetas[name], config)
+        args = losses.pop(name), zetas[name], config, targets.pop(name)
+        W_hat, grid, rtn, loss = round_layer(weight.to(config.dtype), *args)
         weight.copy_(W_hat)
         grid = replace(grid, step=grid.step.cpu(), zero=grid.zero.cpu())
         results[name] = LayerResult(grid, zetas[name].cpu(), weight, rtn, loss, time.perf_counter() - start)
-    return results, memory
+    return results
+
+# %% ../nbs/14_aespa.ipynb #c14block
+def _quantize_block(model, block, stream, full, config, announce) -> tuple[dict[str, LayerResult], int]:
+    "Rounds the linears of `block` in place; names are relative to the block. Also the bytes of its statistics."
+    groups, results, most = [names for _, names in family_of(model).zeta], {}, 0
+    for part in [[names] for names in groups] if full else [groups]:
+        losses, drifts = block_losses(model, block, stream, config.objective, config.dtype, part, full)
+        losses, memory = _damped(losses, config.damping)
+        memory += sum(M.nbytes for M in {id(d): d.cross for d in drifts.values()}.values())
+        results |= _quantize_linears(model, block, losses, drifts, config, announce)
+        most = max(most, memory)
+    return results, most
 
 # %% ../nbs/14_aespa.ipynb #800752d4
 def _private_bytes() -> int:
@@ -391,7 +509,7 @@ def quantize_model(
     config: AespaConfig = AespaConfig(),
     progress: bool = False,  # show a progress bar
 ) -> QuantReport:
-    "Rounds the linears of all blocks in place (aespa, Algorithm 1); embeddings, norms and output layer stay."
+    "Rounds the linears of all blocks in place (aespa, Algorithm 1); the rest stays, norms too unless `tuning` is on."
     check_model(model, tokens, config)
     tokens = _draw(tokens, config)
     blocks, training = model.get_submodule(family_of(model).blocks), model.training
@@ -409,19 +527,49 @@ def quantize_model(
     return report
 
 # %% ../nbs/14_aespa.ipynb #8c8c94b5
+@contextlib.contextmanager
+def _working_on(block, device, dtype) -> Iterator[None]:
+    "`block` on `device` in `dtype`, and back where it was afterwards."
+    first = next(block.parameters())
+    home = first.device, first.dtype
+    block.to(device, dtype)
+    try:
+        yield
+    finally:
+        block.to(*home)
+
+
 def _quantize_blocks(model, blocks, tokens, device, report, bar) -> None:
     "Visits the blocks in order; one at a time is on `device` in the working precision."
-    config, family = report.config, family_of(model)
-    with contextlib.closing(BlockStream(model, tokens, config.batch_size, device, config.dtype)) as stream:
+    config, path = report.config, family_of(model).blocks
+    with contextlib.ExitStack() as stack:
+        stream = lambda: BlockStream(model, tokens, config.batch_size, device, config.dtype)
+        streams = [stream() for _ in range(2 if config.correction or config.tuning else 1)]
+        for s in streams:
+            stack.callback(s.close)
         for i, block in enumerate(blocks):
-            home = next(block.parameters())
-            home = (home.device, home.dtype)
-            block.to(device, config.dtype)
-            report.block_bytes = max(report.block_bytes, sum(p.nbytes for p in block.parameters()))
-            results, memory = _quantize_block(model, block, stream, config, lambda n, i=i: bar(f"block {i}: {n}"))
-            report.statistics_bytes = max(report.statistics_bytes, memory)
-            stream.run(block, keep=True)
-            block.to(*home)
-            for name, result in results.items():
-                result.weight = block.get_submodule(name).weight
-                report.layers[f"{family.blocks}.{i}.{name}"] = result
+            with _working_on(block, device, config.dtype):
+                _visit_block(model, block, streams, report, lambda n, i=i: bar(f"block {i}: {n}"), f"{path}.{i}.")
+
+# %% ../nbs/14_aespa.ipynb #c14visit
+def _tune(block, results, streams, config) -> None:
+    "Fits steps and norm weights to the full-precision output of the block, which `streams[1]` holds."
+    move = lambda grid, device: replace(grid, step=grid.step.to(device), zero=grid.zero.to(device))
+    grids = {name: move(r.grid, streams[0].device) for name, r in results.items()}
+    grids, _ = tune_scales(block, grids, streams[0], streams[1].hidden, config.tuning, seed=config.seed)
+    for name, r in results.items():
+        r.grid = move(grids[name], "cpu")
+
+
+def _visit_block(model, block, streams, report, announce, prefix) -> None:
+    "Rounds a block and hands its outputs over; the second stream, if there is one, stays at full precision."
+    report.block_bytes = max(report.block_bytes, sum(p.nbytes for p in block.parameters()))
+    full = (copy.deepcopy(block), streams[1]) if len(streams) > 1 else None
+    results, memory = _quantize_block(model, block, streams[0], full, report.config, announce)
+    report.statistics_bytes = max(report.statistics_bytes, memory)
+    if full:
+        streams[1].run(full[0], keep=True)
+    if report.config.tuning:
+        _tune(block, results, streams, report.config)
+    streams[0].run(block, keep=True)
+    report.layers.update({prefix + name: result for name, result in results.items()})

@@ -58,7 +58,7 @@ def fit_grid(
     bits: int,  # 2 to 8
     group_size: int | None = None,  # inputs that share a step; None: the whole row
     symmetric: bool = False,  # zero fixed to the middle code
-    n_clip: int = 100,  # clipping ratios tried, evenly spaced from 1 down to `min_clip`
+    n_clip: int = 50,  # clipping ratios tried, evenly spaced from 1 down to `min_clip`
     min_clip: float = 0.2,  # the smallest ratio of the full range
 ) -> Grid:
     "The grid with the least `e H e^T` after rounding, per row and group: aespa's grid search, over steps and zeros."
