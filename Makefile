@@ -20,6 +20,7 @@ help:
 	@echo
 	@echo "Seldom:"
 	@echo "  make train-reference  train the bundled model again (hours on a CPU)"
+	@echo "  make campaign         repeat the long measurements behind chapter 32 (hours on a CPU)"
 	@echo "  make constraints      pin the versions that are installed now"
 	@echo "  make clean            remove what was built; .venv stays"
 
@@ -52,6 +53,10 @@ train-reference: $(DEV)
 	set -e; for step in fetch corpus tokens "train --minutes 44" \
 	  "train --minutes 66 --init build/reference/first" finish; do $(PY) tools/train_reference.py $$step; done
 
+campaign: $(DEV)
+	$(PY) tools/campaign.py ablations
+	$(PY) tools/campaign.py presets
+
 constraints: $(DEV)
 	$(PY) tools/freeze.py
 
@@ -60,7 +65,7 @@ clean:
 
 # Stamps: made again when what is to be installed has changed.
 $(RUN): pyproject.toml constraints.txt tools/install.py
-	$(PYTHON) tools/install.py
+	$(PYTHON) tools/install.py fast
 	@touch $@
 
 $(DEV): $(RUN)
@@ -68,4 +73,4 @@ $(DEV): $(RUN)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lab export notebooks train-reference constraints clean
+.PHONY: help demo test docs lab export notebooks train-reference campaign constraints clean

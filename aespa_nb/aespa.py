@@ -254,21 +254,38 @@ class LayerResult:
         return grid.codes(self.weight.detach().cpu().double() / self.zeta.double()).to(torch.uint8)
 
 # %% ../nbs/14_aespa.ipynb #61b859be
-def _pieces(U, grid, loss, start):
-    "The problem cut into at most four that don't interact: heads, or rows when `G` is the identity."
+def _cuts(U, loss) -> list[slice]:
+    "At most four parts of `U` that don't interact: heads, or rows when `G` is the identity."
     n = min(4, len(U), max(1, U.numel() >> 16)) if U.ndim == 3 or loss.G is None else 1
-    per_head = lambda M: M.tensor_split(n) if M is not None and M.ndim == 3 else [M] * n
-    steps, zeros = grid.step.tensor_split(n), grid.zero.tensor_split(n)
-    grids = [replace(grid, step=step, zero=zero) for step, zero in zip(steps, zeros)]
-    losses = [KroneckerLoss(H, G) for H, G in zip(per_head(loss.H), per_head(loss.G))]
-    return zip(U.tensor_split(n), grids, losses, start.tensor_split(n))
+    return [slice(len(U) * i // n, len(U) * (i + 1) // n) for i in range(n)]
+
+
+def _cut(x, s: slice):
+    "The part `s` of a tensor, a grid or a loss."
+    if isinstance(x, Grid):
+        return replace(x, step=x.step[s], zero=x.zero[s])
+    if isinstance(x, KroneckerLoss):
+        return KroneckerLoss(*(M[s] if M is not None and M.ndim == 3 else M for M in (x.H, x.G)))
+    return x[s]
 
 
 def _learn(U, grid, loss, start, config):
-    "AdaRound, piece by piece: Adam's many arrays are a piece's size, not a layer's."
+    "AdaRound, part by part: Adam's many arrays are a part's size, not a layer's."
     lr = config.lr or 30 / config.iterations
-    learn = lambda *piece: adaround(*piece, config.iterations, lr, loss_scale=config.loss_scale)
-    return torch.cat([learn(*piece) for piece in _pieces(U, grid, loss, start)])
+    learn = lambda *part: adaround(*part, config.iterations, lr, loss_scale=config.loss_scale)
+    return torch.cat([learn(*(_cut(x, s) for x in (U, grid, loss, start))) for s in _cuts(U, loss)])
+
+# %% ../nbs/14_aespa.ipynb #c14descend
+def _descend(U, grid, loss, config):
+    "Descent from GPTQ's codes on several grids, part by part."
+    grids = vary_grid(grid, shifts=() if config.symmetric else (1, -1))[: config.starts]
+    starts = [(g, gptq(U, loss.H, g).W_int) for g in grids]
+    results = []
+    for s in _cuts(U, loss):
+        part = _cut(loss, s)
+        results.append(best_of_starts(U[s], part.H, part.G, [(_cut(g, s), codes[s]) for g, codes in starts]))
+    step, zero = (torch.cat([getattr(r.grid, field) for r in results]) for field in ("step", "zero"))
+    return torch.cat([r.W_int for r in results]), Grid(config.bits, step, zero)
 
 # %% ../nbs/14_aespa.ipynb #c14codes
 def _fit(U, H, config):
@@ -284,10 +301,7 @@ def _solve(U, grid, loss, config):
     if config.solver == "rtn":
         return grid.codes(U), grid
     if config.solver == "descent":
-        grids = vary_grid(grid, shifts=() if config.symmetric else (1, -1))[: config.starts]
-        starts = [(g, gptq(U, loss.H, g).W_int) for g in grids]
-        result = best_of_starts(U, loss.H, loss.G, starts)
-        return result.W_int, result.grid
+        return _descend(U, grid, loss, config)
     codes, start = gptq(U, loss.H, grid) if config.solver.startswith("gptq") else (None, U)
     return codes if config.solver == "gptq" else _learn(U, grid, loss, start, config), grid
 
@@ -301,7 +315,7 @@ def round_layer(
 ) -> tuple[Float[Tensor, "out inp"], Grid, float, float]:  # W_hat, grid, loss of RTN, loss
     "Rounds one weight: grid, then codes. Each head of a per-head loss is its own problem."
     target = W if target is None else target
-    scaled = KroneckerLoss(loss.H * zeta[:, None] * zeta, loss.G)
+    scaled = loss if (zeta == 1).all() else KroneckerLoss(loss.H * zeta[:, None] * zeta, loss.G)
     U = scaled.split(target / zeta)
     codes, grid = _solve(U, _fit(U, scaled.H, config), scaled, config)
     U_hat = grid.values(codes)
@@ -426,10 +440,12 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
 
 # %% ../nbs/14_aespa.ipynb #c514662f
 @functools.cache
-def _warm_up() -> None:
-    "Rounds a toy layer, so that libraries loaded at first use are in memory."
+def _warm_up(solver: str) -> None:
+    "Rounds toy layers, so that what the solver loads or compiles at first use is in memory."
+    config, eye = AespaConfig(solver=solver, iterations=1, starts=2), torch.eye(4)
     with _progress(1, False):
-        round_layer(torch.eye(4), KroneckerLoss(torch.eye(4)), torch.ones(4), AespaConfig(iterations=1))
+        for G in (None, torch.eye(2).expand(2, 2, 2)):
+            round_layer(eye, KroneckerLoss(eye, G), torch.ones(4), config)
 
 # %% ../nbs/14_aespa.ipynb #feff3772
 @dataclass
@@ -517,7 +533,7 @@ def quantize_model(
     report, start = QuantReport(config), time.perf_counter()
     total = len(blocks) * len(family_of(model).linears)
     model.eval()
-    _warm_up()
+    _warm_up(config.solver)
     try:
         with _measuring_memory(report, device), capturing(model), _progress(total, progress) as bar:
             _quantize_blocks(model, blocks, tokens, device, report, bar)

@@ -90,13 +90,14 @@ _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 SHAPES = {  # in this order
     "tiny": (64, 176, 4, 4, 2),
     "small": (128, 352, 8, 4, 4),
+    "medium": (256, 704, 8, 4, 4),
     "reference": (256, 768, 6, 4, 2),
     "llama-7b": (4096, 11008, 32, 32, 32),
     "llama-13b": (5120, 13824, 40, 40, 40),
     "llama-70b": (8192, 28672, 80, 64, 8),
 }
 
-
+# %% ../nbs/31_cost.ipynb #0f13dcb0
 def shape_config(
     name: str,  # of `SHAPES`
     blocks: int | None = None,  # None: all
@@ -266,8 +267,8 @@ class Phase:
     work: Work = Work()
 
 
-class Meter:
-    "Gives every moment to the phase that was entered last; `other` if there is none."
+class _Phases:
+    "What was charged so far."
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.phases, self.stack, self.clock = {"other": Phase()}, ["other"], clock
@@ -282,6 +283,10 @@ class Meter:
     def add(self, work: Work) -> None:
         "Counts work for the current phase."
         self.phases[self.stack[-1]].work += work
+
+# %% ../nbs/31_cost.ipynb #ee6da678
+class Meter(_Phases):
+    "Gives every moment to the phase that was entered last; `other` if there is none."
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -354,7 +359,7 @@ def _steps(_, U, grid, loss, start=None, iterations=2000, *rest, **kwargs):
     head_rows = 0 if loss.G is None else loss.G.shape[-1]
     return adam_work(*_rows(U, loss.H)[:2], iterations, head_rows)
 
-
+# %% ../nbs/31_cost.ipynb #a3577c7c
 def _zeta_work(Bs):
     return sum((product_work(B.shape[:-1].numel(), B.shape[-1], B.shape[-1]) for B in Bs), Work()) * 2
 
@@ -520,13 +525,14 @@ def growth_point(
     numbers = dict(seconds=report.seconds, peak_bytes=report.peak_bytes, block_bytes=report.block_bytes)
     phases = {name: p.seconds for name, p in report.phases.items()}
     flops = {name: p.work.flops for name, p in report.phases.items()}
-    return dict(preset=preset, blocks=blocks, seqs=seqs, seqlen=seqlen, **numbers, phases=phases, flops=flops)
+    point = dict(preset=preset, blocks=blocks, seqs=seqs, seqlen=seqlen, shape=shape)
+    return dict(**point, **numbers, phases=phases, flops=flops)
 
 # %% ../nbs/31_cost.ipynb #d2cb3c6f
-def _plan(seqs, blocks, seqlens) -> list[tuple[int, int, int]]:
-    "Blocks, sequences and sequence length of every point, each once."
-    plan = [(1, n, 128) for n in seqs] + [(n, 8, 128) for n in blocks] + [(1, 4096 // n, n) for n in seqlens]
-    return list(dict.fromkeys(plan))
+def _plan(seqs, blocks, seqlens) -> list[tuple[int, int, int, str]]:
+    "Blocks, sequences, sequence length and shape of every point, each once."
+    plan = [(1, n, 128, "medium") for n in seqs] + [(1, 4096 // n, n, "medium") for n in seqlens]
+    return list(dict.fromkeys(plan + [(n, 8, 128, "small") for n in blocks]))
 
 
 def _point(args: tuple) -> dict:
@@ -539,13 +545,12 @@ def measure_growth(
     seqs: tuple[int, ...] = (8, 16, 32, 64),  # with one block
     blocks: tuple[int, ...] = (1, 2, 4),  # with 8 sequences
     seqlens: tuple[int, ...] = (64, 128, 256, 512),  # with 4096 tokens in all and one block
-    shape: str = "small",
 ) -> list[dict]:
     "Times and peak memory against sequences, blocks and sequence length, each point in a process of its own."
     path = Path(path)
     rows = json.loads(path.read_text()) if path.exists() else []
-    known = {(r["preset"], r["blocks"], r["seqs"], r["seqlen"]) for r in rows}
-    todo = [(p, *point, shape) for p in presets for point in _plan(seqs, blocks, seqlens) if (p, *point) not in known]
+    known = {(r["preset"], r["blocks"], r["seqs"], r["seqlen"], r["shape"]) for r in rows}
+    todo = [(p, *point) for p in presets for point in _plan(seqs, blocks, seqlens) if (p, *point) not in known]
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     with multiprocessing.get_context(method).Pool(1, maxtasksperchild=1) as pool:
         for row in pool.imap(_point, todo):

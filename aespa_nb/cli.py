@@ -37,6 +37,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from .aespa import PRESETS, AespaConfig, QuantReport, quantize_model, report_json
+from .bench import bench, bench_summary, random_tokens, shape_config, shape_model
 from .data import calibration_tokens, evaluation_tokens, load_reference
 from .evaluate import evaluate_model
 from .notation import AespaError
@@ -311,16 +312,33 @@ def _demo(args) -> None:
     "`aespa_nb demo`"
     check_free(args.out)
     model, tokenizer = load_model("reference")
-    keep = ("aespa", min(args.bits)) if "aespa" in args.presets else None
+    keep = (args.presets[-1], min(args.bits))
     _run_presets(args, model, tokenizer, keep)
-    if keep:
-        show_text(args.out, model, tokenizer)
+    show_text(args.out, model, tokenizer)
 
 # %% ../nbs/41_cli.ipynb #7e7ba407
 def _compare(args) -> None:
     "`aespa_nb compare`"
     check_free(args.out)
     _run_presets(args, *load_model(args.model))
+
+# %% ../nbs/41_cli.ipynb #c41bench
+def _bench(args) -> None:
+    "`aespa_nb bench`"
+    if args.shape and args.model:
+        raise AespaError("give a model or --shape, not both")
+    config = _config(args, args.preset, args.bits)
+    if args.shape:
+        seqlen, whole = args.seqlen or 2048, shape_config(args.shape).num_hidden_layers
+        model = shape_model(args.shape, args.blocks, seqlen)
+    else:
+        model = load_model(args.model or "reference")[0]
+        seqlen, whole = args.seqlen or min(model.config.max_position_embeddings, 2048), model.config.num_hidden_layers
+    tokens = random_tokens(model, args.samples, seqlen, args.seed)
+    report = bench(model, tokens, config)
+    name = args.shape or args.model or "reference"
+    print(f"{name}, {args.preset}, {args.bits} bits: {len(tokens)} x {seqlen} tokens")
+    print(bench_summary(report, whole))
 
 # %% ../nbs/41_cli.ipynb #8eba0d0d
 def show_text(
@@ -362,11 +380,12 @@ def _add_many(p, bits=(2, 3, 4)) -> None:
 
 def _add_demo(commands) -> None:
     "`demo`: compare, on the bundled model."
-    text = "All presets on the bundled model, at 2 and 3 bits, with 500 Adam steps per layer; needs no network."
-    p = commands.add_parser("demo", help="all presets on the bundled model", description=text)
+    text = "Five presets on the bundled model, at 2 and 3 bits, with 500 Adam steps per layer; needs no network."
+    p = commands.add_parser("demo", help="five presets on the bundled model", description=text)
     _add_many(p, (2, 3))
     _add_shared(p, out="aespa_demo")
-    p.set_defaults(run=_demo, model="reference", eval_samples=128, iterations=500)
+    presets = ["rtn", "gptq", "adaround", "aespa", "best"]
+    p.set_defaults(run=_demo, model="reference", presets=presets, eval_samples=128, iterations=500)
 
 # %% ../nbs/41_cli.ipynb #843d5851
 _MODEL = "a model folder, a name on the Hugging Face hub, or: reference (the bundled model)"
@@ -378,7 +397,7 @@ def _add_quantize(commands) -> None:
     p = commands.add_parser("quantize", help="round one model and save it", description=text)
     p.add_argument("model", help=_MODEL)
     p.add_argument("--bits", type=int, default=2, help="2 to 8 (default: 2)")
-    p.add_argument("--preset", default="aespa", help=f"one of {', '.join(PRESETS)} (default: aespa)")
+    p.add_argument("--preset", default="best", help=f"one of {', '.join(PRESETS)} (default: best)")
     _add_shared(p)
     p.set_defaults(run=_quantize)
 
@@ -391,6 +410,23 @@ def _add_compare(commands) -> None:
     _add_many(p)
     _add_shared(p)
     p.set_defaults(run=_compare)
+
+# %% ../nbs/41_cli.ipynb #c41badd
+def _add_bench(commands) -> None:
+    "`bench`: time the phases of one run."
+    text = "Time every phase of one run, count its work, and extrapolate to a whole model and 128 x 2048 tokens."
+    p = commands.add_parser("bench", help="time the phases of a run", description=text)
+    p.add_argument("model", nargs="?", help=_MODEL + " (default)")
+    p.add_argument("--shape", help="random blocks of a named shape instead, e.g. llama-7b")
+    p.add_argument("--blocks", type=int, default=2, help="how many, with --shape (default: %(default)s)")
+    p.add_argument("--bits", type=int, default=2, help="2 to 8 (default: 2)")
+    p.add_argument("--preset", default="best", help=f"one of {', '.join(PRESETS)} (default: best)")
+    p.add_argument("--samples", type=int, default=8, help="sequences (default: %(default)s)")
+    p.add_argument("--seqlen", type=int, help="tokens in a sequence (default: the model's length, at most 2048)")
+    p.add_argument("--group-size", type=int, help="inputs that share a step (default: the whole row)")
+    p.add_argument("--iterations", type=int, help="Adam steps per layer (default: 2000)")
+    p.add_argument("--device", help="where blocks are worked on, e.g. cuda (default: cpu)")
+    p.set_defaults(run=_bench, symmetric=None, seed=0)
 
 # %% ../nbs/41_cli.ipynb #c11parse
 def _add_eval(commands) -> None:
@@ -411,7 +447,7 @@ def _parser() -> argparse.ArgumentParser:
     hint = "First time here? `aespa_nb demo` needs no network. Each command has its own --help."
     parser = argparse.ArgumentParser("aespa_nb", description=text, epilog=hint)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_quantize, _add_eval, _add_compare, _add_demo):
+    for add in (_add_quantize, _add_eval, _add_compare, _add_bench, _add_demo):
         add(commands)
     return parser
 

@@ -2,10 +2,10 @@
 
 Nothing had to be patched in the code. GPTQModel 7.7 asks for torch 2.14.1; here it is installed without its
 dependencies and runs on the torch of the other peers (requirements/gptqmodel-alone.txt). On a machine with two cores
-it does not start unless GPTQMODEL_CPU_WORKERS is at least 2, so run.py sets it. The format is `gptq_v2`, because the
-packed weights of the older `gptq` cannot be read back at 2 bits: their zero-points are stored less one, and lie one step
-off in memory. Settings of a recipe go into `QuantizeConfig`; `mse` searches the ranges, and `gptaq` is the weight of the
-second term. Reordering the columns within groups (`act_group_aware`) is the default and needs groups.
+it does not start unless GPTQMODEL_CPU_WORKERS is at least 2, so run.py sets it. The format is `gptq_v2`: the layers of
+the older `gptq`, unpacked here at 2 bits, had their zero-points one step off (KL 6.3 instead of 0.26).
+Settings of a recipe go into `QuantizeConfig`; `mse` searches the ranges, and `gptaq` is the weight of the second term.
+Reordering the columns within groups (`act_group_aware`) is the package's default and needs groups.
 """
 
 import torch

@@ -1,20 +1,16 @@
 """HQQ: half-quadratic fit of the zero-points, layer by layer, without data.
 
 Steps and zero-points are kept in float32; zero-points need not be whole numbers, HQQ's own default at 2 and 3 bits.
-Two things are done around its interface. A row without groups is given as one group as long as the row, because
-unpacking 3-bit codes asks for a group size. The recipe `slow` puts the package's longer solver without early stopping,
-`optimize_weights_proximal_slow`, in the place of the default one; there is no option for it.
+Nothing had to be patched. A row without groups is given as one group as long as the row, because unpacking 3-bit codes
+asks for a group size.
 """
 
 import torch
 from common import linears, main
-from hqq.core.optimize import optimize_weights_proximal_slow
-from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
 
 def quantize(model, tokenizer, tokens, job):
-    if job.settings.get("slow"):
-        Quantizer.optimize_weights = optimize_weights_proximal_slow
     return {name: rounded(linear, job) for name, linear in linears(model)}
 
 
