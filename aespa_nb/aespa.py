@@ -145,7 +145,7 @@ def _recipe(name: str) -> dict:
 # %% ../nbs/14_aespa.ipynb #643d386a
 @contextlib.contextmanager
 def _hearing_inputs(block: nn.Module, listeners: dict[str, Callable]) -> Iterator[None]:
-    "Calls `listeners[name](X)` with `X` `[batch inp tok]` whenever the linear `name` is about to run."
+    "Calls `listeners[name](X)` with its input `X` `[batch inp tok]` whenever the module `name` is about to run."
     hooks = [
         block.get_submodule(name).register_forward_pre_hook(lambda m, args, f=f: f(args[0].transpose(-1, -2)))
         for name, f in listeners.items()
