@@ -25,6 +25,7 @@ extensions = [
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
 
 # notebooks
+nb_render_markdown_format = "myst"  # tables in outputs
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_mime_priority_overrides = [("html", "image/svg+xml", 5)]

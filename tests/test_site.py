@@ -106,6 +106,11 @@ RAW_MATH = """() => {
   body.querySelectorAll('pre, code, script, style, mjx-container').forEach(e => e.remove());
   return body.textContent.match(/\\$\\$|\\\\\\(|\\\\\\[|\\\\(frac|mathbf|Delta|lVert|sum)\\b/g) || [];
 }"""
+RAW_TABLES = """() => {
+  const body = (document.querySelector('article') || document.body).cloneNode(true);
+  body.querySelectorAll('pre, code, script, style').forEach(e => e.remove());
+  return body.textContent.match(/\\|\\s*[-\u2013\u2014]+\\s*\\|/g) || [];
+}"""
 UNRENDERED = """() => [...document.querySelectorAll('.math')]
   .filter(e => !e.querySelector('mjx-container') || e.querySelector('mjx-merror, [data-mjx-error]'))
   .map(e => e.textContent)"""
@@ -124,10 +129,11 @@ def lightness(tab):
 @needs_browser
 @pytest.mark.parametrize("page", READABLE)
 def test_page(tab, page):
-    "Math is drawn, figures load, dark mode is dark, nothing complains, nothing is asked of the network."
+    "Math and tables are drawn, figures load, dark mode is dark, nothing complains, nothing is asked of the network."
     visit(tab, page)
     shoot(tab, page)
     assert tab.evaluate(RAW_MATH) == []
+    assert tab.evaluate(RAW_TABLES) == []
     assert tab.evaluate(UNRENDERED) == []
     assert tab.evaluate(BROKEN_FIGURES) == []
     assert tab.evaluate(NO_ALT) == []
