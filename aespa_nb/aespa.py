@@ -12,6 +12,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ from .gridfit import fit_grid
 from .hessian import Gram, damp
 from .notation import AespaError, NumericalError, UnsupportedModelError
 from .precompute import AttentionStatistics, KroneckerLoss
-from .target import StreamGram, drift_map, full_precision_target
+from .target import Drift, StreamGram, full_precision_target
 from .tune import tune_scales
 from .zfold import zfold
 
@@ -158,48 +159,51 @@ def _hearing_inputs(block: nn.Module, listeners: dict[str, Callable]) -> Iterato
 
 # %% ../nbs/14_aespa.ipynb #c14sums
 def _attention_sums(model, block, stream, objective, dtype):
-    "What gathers the attention module's statistics, and the function that takes `(module, X, Q, K, V, A)`."
+    "What gathers the attention module's statistics, and the function that takes `(X, Q, K, V, A)`."
     family, n_heads = family_of(model), attention_shape(model)[0]
-    inp, attention = block.get_submodule(family.q).in_features, block.get_submodule(family.attention)
-    args = (*attention_shape(model), inp, rotation_of(stream), stream.device, dtype)
+    args = (*attention_shape(model), block.get_submodule(family.q).in_features, rotation_of(stream), stream.device, dtype)
     if objective == "attention":
         sums = AttentionStatistics(*args)
-        add = lambda X, Q, K, V, A: sums.add(X, Q, K, A)
-    else:
-        metric = output_metric(block.get_submodule(family.o).weight.to(dtype), n_heads)
-        sums = GaussNewtonStatistics(*args, metric=metric, stride=8, coarse=2)
-        add = sums.add
-    return sums, lambda module, *record: module is attention and add(*record)
+        return sums, lambda X, Q, K, V, A: sums.add(X, Q, K, A)
+    metric = output_metric(block.get_submodule(family.o).weight.to(dtype), n_heads)
+    sums = GaussNewtonStatistics(*args, metric=metric, stride=8, coarse=2)
+    return sums, sums.add
 
 # %% ../nbs/14_aespa.ipynb #fa40cfcc
-def _one_pass(block, stream, grams, readers, add_attention, full) -> None:
-    "Runs `stream` through `block` as far as the last of `grams`; fills `grams`, and calls `add_attention`."
+def _one_pass(block, stream, grams, readers, attention, full, stop) -> None:
+    "Runs `stream` through `block` as far as `stop`; fills `grams`. `attention` is a module and what it is to call."
     seen, aims, first = {}, {}, list(grams)[0][0]
     sources = {readers[names[0]] for names in grams if names[0] in readers} if full else set()
 
     def hear(names, X):
         head, gram = names[0], grams[names]
         seen[head] = X
-        gram.add_pair(X, aims[head]) if full else gram.add(X)
+        if not (attention and head == first):  # the attention statistics add it themselves
+            gram.add(X)
+        if full:
+            gram.add_drift(X, aims[head])
         if full and head in readers:
             gram.add_stream(X, aims[readers[head]] - seen[readers[head]])
 
     keep = lambda place: {name: lambda X, name=name: place.update({name: X}) for name in sources}
     listeners = keep(seen) | {names[0]: functools.partial(hear, names) for names in grams}
-    attended = lambda module, *record: add_attention and add_attention(module, seen.get(first), *record)
-    with _hearing_inputs(block, listeners), listening(attended):
-        last = list(grams)[-1][0]
-        steps = stream.steps(block, stop=next(iter(readers)) if add_attention and last == first else last)
-        for _ in _beside(full, grams, keep(aims), aims, last, steps) if full else steps:
-            pass
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_hearing_inputs(block, listeners))
+        if attention:
+            module, add = attention
+            stack.enter_context(listening(lambda m, *heard: add(seen[first], *heard), to=module))
+        steps = stream.steps(block, stop=stop)
+        for _ in _beside(full, grams, keep(aims), aims, stop, list(readers)[-1], steps) if full else steps:
+            seen.clear(), aims.clear()
 
 # %% ../nbs/14_aespa.ipynb #c14beside
-def _beside(full, grams, listeners, aims, last, steps):
+def _beside(full, grams, listeners, aims, stop, end, steps):
     "`steps`, each after the same batch of the full-precision stream has left its inputs in `aims`."
     reference, stream = full
     listeners |= {names[0]: lambda X, n=names[0]: aims.update({n: X}) for names in grams}
+    over = stop == end  # nothing more is to be heard: the stream goes through and on to the next block
     with _hearing_inputs(reference, listeners):
-        yield from zip(stream.steps(reference, stop=last), steps, strict=True)
+        yield from zip(stream.steps(reference, keep=over, stop=None if over else stop), steps, strict=True)
 
 # %% ../nbs/14_aespa.ipynb #c14losses
 def block_losses(
@@ -210,20 +214,36 @@ def block_losses(
     dtype: torch.dtype = torch.float32,
     groups: list[tuple[str, ...]] | None = None,  # linears that read the same input; None: all of the block
     full: tuple[nn.Module, BlockStream] | None = None,  # the block and its stream at full precision
-) -> tuple[dict[str, KroneckerLoss], dict[str, StreamGram]]:  # of each linear; with `full` also how its input drifted
-    "The pre-computed loss of the linears of `block`, from one pass; `model` must be `capturing`."
+) -> tuple[dict[str, KroneckerLoss], dict[str, Drift]]:  # of each linear; with `full` also how its input drifted
+    """The pre-computed loss of the linears of `block`, from one pass; `model` must be `capturing`.
+
+    With the last group the full-precision stream moves on to the next block."""
     family, device = family_of(model), stream.device
     groups = groups or [names for _, names in family.zeta]
     kind, width = StreamGram if full else Gram, lambda name: block.get_submodule(name).in_features
     grams = {names: kind(width(names[0]), device, dtype) for names in groups}
-    attention = objective != "layer" and family.q in groups[0]
-    sums, add = _attention_sums(model, block, stream, objective, dtype) if attention else (None, None)
-    _one_pass(block, stream, grams, stream_readers(model), add, full)
-    losses = {name: KroneckerLoss(gram.mean()) for names, gram in grams.items() for name in names}
+    attention, heads, stop = None, {}, groups[-1][0]
+    if objective != "layer" and family.q in groups[0]:
+        sums, add = _attention_sums(model, block, stream, objective, dtype)
+        attention, sums.gram = (block.get_submodule(family.attention), add), grams[groups[0]]
+        stop = family.o if len(groups) == 1 else stop
+    _one_pass(block, stream, grams, stream_readers(model), attention, full, stop)
     if attention:
         _check_records(sums.gram.tokens, stream, model)
-        losses |= {getattr(family, role): loss for role, loss in sums.losses().items()}
-    return losses, {name: gram for names, gram in grams.items() for name in names} if full else {}
+        heads = {getattr(family, role): loss for role, loss in sums.losses().items()}
+    return _finished(grams, heads)
+
+
+def _finished(grams, heads):
+    "Losses and drifts; the sums go, one after the other."
+    losses, drifts = {}, {}
+    for names in list(grams):
+        gram, head = grams.pop(names), heads.get(names[0])
+        H = head.H if head else gram.take()
+        losses |= {name: heads.get(name) or KroneckerLoss(H) for name in names}
+        if isinstance(gram, StreamGram):
+            drifts |= dict.fromkeys(names, gram.maps(H))
+    return losses, drifts
 
 # %% ../nbs/14_aespa.ipynb #e4d31f1c
 def _check_records(tokens: int, stream: BlockStream, model: PreTrainedModel) -> None:
@@ -279,7 +299,7 @@ def _learn(U, grid, loss, start, config):
 def _descend(U, grid, loss, config):
     "Descent from GPTQ's codes on several grids, part by part."
     grids = vary_grid(grid, shifts=() if config.symmetric else (1, -1))[: config.starts]
-    starts = [(g, gptq(U, loss.H, g).W_int) for g in grids]
+    starts = [(g, gptq(U, loss.H, g).W_int.byte()) for g in grids]
     results = []
     for s in _cuts(U, loss):
         part = _cut(loss, s)
@@ -315,8 +335,9 @@ def round_layer(
 ) -> tuple[Float[Tensor, "out inp"], Grid, float, float]:  # W_hat, grid, loss of RTN, loss
     "Rounds one weight: grid, then codes. Each head of a per-head loss is its own problem."
     target = W if target is None else target
-    scaled = loss if (zeta == 1).all() else KroneckerLoss(loss.H * zeta[:, None] * zeta, loss.G)
-    U = scaled.split(target / zeta)
+    plain = bool((zeta == 1).all())
+    scaled = loss if plain else KroneckerLoss(loss.H * zeta[:, None] * zeta, loss.G)
+    U = scaled.split(target if plain else target / zeta)
     codes, grid = _solve(U, _fit(U, scaled.H, config), scaled, config)
     U_hat = grid.values(codes)
     rtn = minmax_grid(W, config.bits, config.group_size, config.symmetric).round(W)
@@ -336,39 +357,31 @@ def _zetas(model, targets, losses, config):
     return zetas
 
 # %% ../nbs/14_aespa.ipynb #c14targets
-def _targets(block, losses, drifts, config):
+def _targets(block, names, drifts, config):
     "What every linear is to approximate: its weight, or the full-precision target where a drift was measured."
-    weights = {name: block.get_submodule(name).weight.to(config.dtype) for name in losses}
-    maps = {id(gram): (drift_map(gram.mean(), gram.drift()), gram) for gram in drifts.values()}
-
-    def aim(name, W):
-        S, gram = maps[id(drifts[name])]
-        R = gram.stream_drift()
-        stream = None if R is None else drift_map(gram.mean(), R)
-        return full_precision_target(W, S, config.correction, stream)
-
-    return {name: aim(name, W) if drifts else W for name, W in weights.items()}
+    weights = {name: block.get_submodule(name).weight.to(config.dtype) for name in names}
+    aim = lambda W, drift: full_precision_target(W, drift.S, config.correction, drift.stream)
+    return {name: aim(W, drifts[name]) if drifts else W for name, W in weights.items()}
 
 # %% ../nbs/14_aespa.ipynb #8117f2ae
 def _damped(losses: dict[str, KroneckerLoss], ratio: float) -> tuple[dict[str, KroneckerLoss], int]:
-    "Damped losses and the bytes they take; a matrix that layers share is damped, and counted, once."
+    "Losses damped in place and the bytes they take; a matrix that layers share is damped, and counted, once."
     done = {}
 
     def once(M):
         if M is None:
             return None
         if id(M) not in done:
-            done[id(M)] = damp(M, ratio)
+            done[id(M)] = damp(M, ratio, copy=False)
         return done[id(M)]
 
     losses = {name: KroneckerLoss(once(loss.H), once(loss.G)) for name, loss in losses.items()}
     return losses, sum(M.nbytes for M in done.values())
 
 # %% ../nbs/14_aespa.ipynb #769ba8a8
-def _quantize_linears(model, block, losses, drifts, config, announce) -> dict[str, LayerResult]:
+def _quantize_linears(model, block, losses, targets, config, announce) -> dict[str, LayerResult]:
     "Rounds the linears that have a loss, in place."
-    targets, results = _targets(block, losses, drifts, config), {}
-    zetas = _zetas(model, targets, losses, config)
+    zetas, results = _zetas(model, targets, losses, config), {}
     for name in list(losses):
         announce(name)
         start, weight = time.perf_counter(), block.get_submodule(name).weight
@@ -380,24 +393,28 @@ def _quantize_linears(model, block, losses, drifts, config, announce) -> dict[st
     return results
 
 # %% ../nbs/14_aespa.ipynb #c14block
-def _quantize_block(model, block, stream, full, config, announce) -> tuple[dict[str, LayerResult], int]:
+def _quantize_block(model, block, streams, config, announce) -> tuple[dict[str, LayerResult], int]:
     "Rounds the linears of `block` in place; names are relative to the block. Also the bytes of its statistics."
     groups, results, most = [names for _, names in family_of(model).zeta], {}, 0
-    for part in [[names] for names in groups] if full else [groups]:
-        losses, drifts = block_losses(model, block, stream, config.objective, config.dtype, part, full)
+    full = (copy.deepcopy(block), streams[1]) if len(streams) > 1 else None
+    parts = [[names] for names in groups] if full else [groups]
+    for part in parts:
+        losses, drifts = block_losses(model, block, streams[0], config.objective, config.dtype, part, full)
+        full = None if part is parts[-1] else full  # the copy is not needed any more
         losses, memory = _damped(losses, config.damping)
-        memory += sum(M.nbytes for M in {id(d): d.cross for d in drifts.values()}.values())
-        results |= _quantize_linears(model, block, losses, drifts, config, announce)
-        most = max(most, memory)
+        most = max(most, memory + sum(S.nbytes for S in {d.S for d in drifts.values()}))
+        targets = _targets(block, losses, drifts, config)
+        del drifts
+        results |= _quantize_linears(model, block, losses, targets, config, announce)
     return results, most
 
 # %% ../nbs/14_aespa.ipynb #800752d4
 def _private_bytes() -> int:
-    "Private memory of this process in bytes (Linux: RssAnon; elsewhere the resident size)."
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(ln for ln in status.read_text().splitlines() if ln.startswith("RssAnon"))
-        return int(line.split()[1]) * 1024
+    "Private memory of this process in bytes (Linux: resident without what files back; elsewhere all that is resident)."
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        _, resident, shared, *_ = map(int, pages.read_text().split())
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
     import psutil  # comes with accelerate
 
     return psutil.Process().memory_info().rss
@@ -415,7 +432,7 @@ def _measuring_memory(report, device: torch.device) -> Iterator[None]:
     start, done = _private_bytes(), threading.Event()
 
     def watch():
-        while not done.wait(0.002):
+        while not done.wait(0.005):
             report.peak_bytes = max(report.peak_bytes, _private_bytes() - start)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -580,11 +597,8 @@ def _tune(block, results, streams, config) -> None:
 def _visit_block(model, block, streams, report, announce, prefix) -> None:
     "Rounds a block and hands its outputs over; the second stream, if there is one, stays at full precision."
     report.block_bytes = max(report.block_bytes, sum(p.nbytes for p in block.parameters()))
-    full = (copy.deepcopy(block), streams[1]) if len(streams) > 1 else None
-    results, memory = _quantize_block(model, block, streams[0], full, report.config, announce)
+    results, memory = _quantize_block(model, block, streams, report.config, announce)
     report.statistics_bytes = max(report.statistics_bytes, memory)
-    if full:
-        streams[1].run(full[0], keep=True)
     if report.config.tuning:
         _tune(block, results, streams, report.config)
     streams[0].run(block, keep=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['causal_mask', 'attention_probabilities', 'attention_output', 'split_heads', 'merge_heads', 'repeat_kv', 'rope_angles',
-           'rope_cos_sin', 'rope_matrices', 'rotate', 'Attended', 'attend']
+           'rope_cos_sin', 'rope_matrices', 'Rotations', 'rotate', 'Attended', 'attend']
 
 # %% ../nbs/08_attention.ipynb #3b2c198f
 from dataclasses import dataclass
@@ -110,6 +110,30 @@ def rope_matrices(
     R[:, i, i] = cos.T
     R[:, i, i.roll(d // 2)] = torch.where(i < d // 2, -1, 1) * sin.T
     return R
+
+# %% ../nbs/08_attention.ipynb #c08rotc
+@dataclass(frozen=True)
+class Rotations:
+    "`rope_matrices` on demand: `R[at]` are the matrices of the positions `at`."
+
+    cos: Float[Tensor, "d_head tok"]
+    sin: Float[Tensor, "d_head tok"]
+
+    def __len__(self) -> int:
+        return self.cos.shape[1]
+
+    def __getitem__(self, at) -> Float[Tensor, "some d_head d_head"]:
+        return rope_matrices(self.cos[:, at], self.sin[:, at])
+
+    def back(self, Q: Float[Tensor, "some d_head"], at=slice(None)) -> Float[Tensor, "some tok d_head"]:
+        "`R_j^T q` of every row of `Q` and every position j in `at`, without a matrix."
+        first, second = Q.chunk(2, -1)
+        cos, sin = self.cos[:, at].T, self.sin[:, at].T
+        return (Q[:, None] * cos).addcmul_(torch.cat([second, -first], -1)[:, None], sin)
+
+    def to(self, *args) -> "Rotations":
+        "In another precision, or elsewhere: as `Tensor.to`."
+        return Rotations(self.cos.to(*args), self.sin.to(*args))
 
 # %% ../nbs/08_attention.ipynb #889b9ee1
 def rotate(

@@ -181,7 +181,7 @@ def descent_work(
     one, coupled = product_work(rows, inp, inp), product_work(rows, head_rows, inp)
     if needed:
         return (one + coupled) * sweeps
-    return one * (4.5 * sweeps + 1) + coupled * (5.5 * sweeps + 1)
+    return one * (2.5 * sweeps + 1) + coupled * (4 * sweeps + 1)
 
 
 def adam_work(rows: int, inp: int, steps: int, head_rows: int = 0) -> Work:
@@ -334,7 +334,7 @@ _READING = (
     (aespa, "block_losses", "forward", None),
     (BlockStream, "run", "hand-over", None),
     (Gram, "add", "Hessians", _one_gram),
-    (PairedGram, "add_pair", "Hessians", _one_gram),
+    (PairedGram, "add_drift", "Hessians", _one_gram),
     *((s, "add", "attention", lambda _, *args: _sum_work(*args)) for s in (AttentionStatistics, GaussNewtonStatistics)),
     *((s, "losses", "attention", None) for s in (AttentionStatistics, GaussNewtonStatistics)),
 )
@@ -369,7 +369,7 @@ def _drift_solve(_, H, *rest):
 
 # %% ../nbs/31_cost.ipynb #894b009a
 _SOLVING = (
-    (aespa, "drift_map", "target", _drift_solve),
+    (target, "drift_map", "target", _drift_solve),
     (aespa, "full_precision_target", "target", lambda _, W, *rest: product_work(len(W), W.shape[1], W.shape[1])),
     (aespa, "minmax_grid", "grid", None),
     (aespa, "fit_grid", "grid", _search),
@@ -392,11 +392,12 @@ def metering(model: PreTrainedModel, meter: Meter) -> Iterator[None]:
     def after(module, args, out):
         meter.add(linear_work(out.numel() // out.shape[-1], module))
 
-    def attended(module, Q, *rest):
-        seqs, heads, d_head, tok = Q.shape
-        meter.add(attention_work(seqs, tok, heads, d_head, Q.element_size()))
+    def attended(module, args, out):
+        seqs, tok, _ = out[0].shape
+        meter.add(attention_work(seqs, tok, n_heads, d_head, out[0].element_size()))
 
-    blocks = model.get_submodule(family_of(model).blocks)
+    (n_heads, _, d_head), family = attention_shape(model), family_of(model)
+    blocks = model.get_submodule(family.blocks)
     with contextlib.ExitStack() as stack:
         for linear in (m for m in blocks.modules() if isinstance(m, nn.Linear)):
             stack.callback(linear.register_forward_hook(after).remove)
@@ -404,7 +405,8 @@ def metering(model: PreTrainedModel, meter: Meter) -> Iterator[None]:
             if hasattr(owner, name):
                 f = _wrapped(meter, getattr(owner, name), phase, work)
                 stack.enter_context(mock.patch.object(owner, name, f))
-        stack.enter_context(listening(attended))
+        for block in blocks:
+            stack.callback(block.get_submodule(family.attention).register_forward_hook(attended).remove)
         yield
 
 # %% ../nbs/31_cost.ipynb #6397992b

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from .attention import attention_output, attention_probabilities, repeat_kv, rope_matrices
+from .attention import Rotations, attention_output, attention_probabilities, repeat_kv
 from .notation import UnsupportedModelError
 
 # %% ../nbs/12_models.ipynb #8e65c23e
@@ -212,14 +213,18 @@ class BlockStream(_Stream):
 
 # %% ../nbs/12_models.ipynb #e4864ff0
 NAME = "aespa_nb"
-_listeners: list[Callable] = []
+_listeners: list[tuple[nn.Module | None, Callable]] = []
 
 
 def _attention(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
     "Attention on `[batch heads tok d_head]`, the layout of transformers."
+    listeners = [f for to, f in _listeners if to in (None, module)]
+    if not listeners:
+        gqa = dict(scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        return scaled_dot_product_attention(query, key, value, attention_mask, **gqa).transpose(1, 2).contiguous(), None
     Q, K, V = (t.transpose(-1, -2) for t in (query, key, value))
     A = attention_probabilities(Q, repeat_kv(K, Q.shape[-3]), scaling, attention_mask)
-    for listener in _listeners:
+    for listener in listeners:
         listener(module, Q, K, V, A)
     out = attention_output(A, repeat_kv(V, Q.shape[-3]))
     return out.permute(0, 3, 1, 2).contiguous(), A
@@ -243,19 +248,20 @@ def capturing(model: PreTrainedModel) -> Iterator[None]:
 @contextlib.contextmanager
 def listening(
     listener: Callable,  # called with (module, Q, K, V, A): [batch heads d_head tok], A [batch heads tok_q tok_k]
+    to: nn.Module | None = None,  # an attention module; None: all of them
 ) -> Iterator[None]:
     "Calls `listener` at each attention call of a `capturing` model. Q and K carry their positions (RoPE) already."
-    _listeners.append(listener)
+    _listeners.append((to, listener))
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        _listeners.remove((to, listener))
 
 # %% ../nbs/12_models.ipynb #93f80085
-def rotation_of(stream: BlockStream) -> Float[Tensor, "tok d_head d_head"] | None:
-    "The rotation matrices `R_m` that RoPE applies at each position; None for a model without RoPE."
+def rotation_of(stream: BlockStream) -> Rotations | None:
+    "The rotations `R_m` that RoPE applies at each position; None for a model without RoPE."
     angles = stream.kwargs.get("position_embeddings")
     if angles is None:
         return None
     cos, sin = (t[0].transpose(0, 1) for t in angles)
-    return rope_matrices(cos, sin)
+    return Rotations(cos, sin)

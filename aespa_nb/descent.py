@@ -138,7 +138,7 @@ def _problem(W, grid, H, G):
     groups = grid.step.shape[-1]
     group = order // (d // groups)
     columns = [slice(None)] if groups == 1 else [(group == g).nonzero()[:, 0] for g in range(groups)]
-    W, H = W[..., order].contiguous(), H[:, order][:, :, order].contiguous()
+    W, H = W[..., order].contiguous(), H[:, order[:, None], order]
     inv_g = None if G is None else _inverse_diagonal(G)
     return _Problem(W, H, G, _inverse_diagonal(H), inv_g, order, group, columns, grid.max_code)
 
@@ -150,16 +150,25 @@ def _state(p, codes, grid):
     return _State(view(codes)[..., p.order] - zero[..., p.group], step, zero)
 
 # %% ../nbs/06_descent.ipynb #0956e51c
-def _measure(p, s):
-    "`G E H` and the loss: of every row, or of every head if its rows are coupled. Sums are in float64."
-    E = s.step[..., p.group] * s.C - p.W
-    P = E @ p.H if p.G is None else p.G @ (E @ p.H)
-    rows = (E * P).sum(-1, dtype=torch.float64)
-    return P, rows if p.G is None else rows.sum(-1)
+def _error(p, s):
+    "`E`: how far every weight is from its target."
+    return s.step[..., p.group] * s.C - p.W
+
+
+def _slope(p, s):
+    "`P = G E H`, half the gradient of the loss."
+    P = _error(p, s) @ p.H
+    return P if p.G is None else p.G @ P
+
+
+def _loss(p, s, P):
+    "The loss of every row, or of every head if its rows are coupled. Sums are in float64."
+    rows = (_error(p, s) * P).sum(-1, dtype=torch.float64)
+    return rows if p.G is None else rows.sum(-1)
 
 # %% ../nbs/06_descent.ipynb #bd6938d9
 def _refit(p, s, P):
-    "New steps for the codes, one group of inputs after the other."
+    "New steps for the codes, one group of inputs after the other, and the slope there."
     step = s.step.clone()
     for g, cols in enumerate(p.columns):
         C, now = s.C[..., cols], step[..., g]
@@ -173,7 +182,7 @@ def _refit(p, s, P):
         step[..., g] += x
         change = x[..., None] * T
         P = P + (change if p.G is None else p.G @ change)
-    return s._replace(step=step)
+    return s._replace(step=step), P
 
 # %% ../nbs/06_descent.ipynb #3cd97cfd
 def _sweep(p, kernels, s, P):
@@ -583,25 +592,27 @@ class DescentResult:
         return float(self.losses[-1].sum())
 
 # %% ../nbs/06_descent.ipynb #e5656f38
-def _keep_lower(old, new, old_loss, new_loss):
-    "Problem by problem the state with the lower loss, that loss, and whether any code has changed."
-    better = new_loss < old_loss
+def _keep_lower(old, new, better):
+    "Problem by problem the new tensors where they are better, else the old."
     wide = better.reshape(*better.shape, *[1] * (3 - better.ndim))
-    state = _State(*(torch.where(wide, a, b) for a, b in zip(new, old)))
-    return state, torch.where(better, new_loss, old_loss), bool((state.C != old.C).any())
+    return [torch.where(wide, a, b) for a, b in zip(new, old)]
 
 
-def _improve(p, s, losses, move, times, refit):
-    "Repeats `move` until no code changes and no refit helps; appends to `losses`."
+def _improve(p, s, P, losses, move, times, refit):
+    "Repeats `move` until no code changes and no refit helps; appends to `losses`. `P` is the slope at `s`."
     for _ in range(times):
-        new = move(s, _measure(p, s)[0])
+        new = move(s, P)
+        slope = _slope(p, new)
         if refit:
-            new = _refit(p, new, _measure(p, new)[0])
-        s, loss, changed = _keep_lower(s, new, losses[-1], _measure(p, new)[1])
-        losses.append(loss)
-        if not changed and not (losses[-1] < losses[-2] * (1 - 1e-6)).any():
+            new, slope = _refit(p, new, slope)
+        loss, old = _loss(p, new, slope), s.C
+        better = loss < losses[-1]
+        *state, P = _keep_lower((*s, P), (*new, slope), better)
+        s = _State(*state)
+        losses.append(torch.where(better, loss, losses[-1]))
+        if torch.equal(s.C, old) and not (losses[-1] < losses[-2] * (1 - 1e-6)).any():
             break
-    return s
+    return s, P
 
 # %% ../nbs/06_descent.ipynb #c76d7e07
 def _shift_zero(p, sweep, by, s, P):
@@ -609,7 +620,7 @@ def _shift_zero(p, sweep, by, s, P):
     zero = (s.zero + by).clamp(0, p.max_code)
     C = torch.minimum(torch.maximum(s.C, -zero[..., p.group]), p.max_code - zero[..., p.group])
     s = _State(C, s.step, zero)
-    return sweep(s, _measure(p, s)[0])
+    return sweep(s, _slope(p, s))
 
 # %% ../nbs/06_descent.ipynb #906d7184
 def _check(W, grid, H, G, codes, sweeps, chains):
@@ -638,9 +649,10 @@ def _result(p, s, losses, W, grid):
 
 def _run(p, s, plan, refit, W, grid):
     "Carries out a plan of pairs (kind of sweep, how often at most)."
-    losses = [_measure(p, s)[1]]
+    P = _slope(p, s)
+    losses = [_loss(p, s, P)]
     for move, times in plan:
-        s = _improve(p, s, losses, move, times, refit)
+        s, P = _improve(p, s, P, losses, move, times, refit)
     return _result(p, s, losses, W, grid)
 
 # %% ../nbs/06_descent.ipynb #b1d69a91

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .attention import attention_output, split_heads
+from .attention import Rotations, attention_output, rotate, split_heads
 from .notation import AespaError
 from .precompute import AttentionSums, KroneckerLoss, _add_attended, _check_heads
 
@@ -45,11 +45,13 @@ def _pair_weights(A, V, M):
     return distance.clamp_(min=0).mul_(A)
 
 # %% ../nbs/11_gaussnewton.ipynb #a4beb3cb
-def _turned_back(Q, R):
-    "`R_j^T q_m` for all rows of `Q` `[queries d_head]` and all keys j: `[queries keys d_head]`."
+def _turned_back(Q, R, keys=slice(None)):
+    "`R_j^T q_m` for all rows of `Q` `[queries d_head]` and the keys j: `[queries keys d_head]`."
     if R is None:
         return Q[:, None]
-    return (Q @ R.movedim(1, 0).flatten(1)).unflatten(1, (len(R), -1))
+    if isinstance(R, Rotations):
+        return R.back(Q, keys)
+    return (Q @ R[keys].movedim(1, 0).flatten(1)).unflatten(1, (len(R[keys]), -1))
 
 # %% ../nbs/11_gaussnewton.ipynb #b0bfa6ae
 def _keys_moved(Z, X, R):
@@ -57,6 +59,8 @@ def _keys_moved(Z, X, R):
     Y = Z[:, None] @ X
     if R is None:
         return Y
+    if isinstance(R, Rotations):
+        return rotate(Y, R.cos[:, : Y.shape[-1]], R.sin[:, : Y.shape[-1]])
     turned = R[: Y.shape[-1]] @ Y.movedim(-1, 0).flatten(1, 2).mT
     return turned.unflatten(2, Y.shape[:2]).permute(2, 3, 1, 0)
 
@@ -105,7 +109,7 @@ def _add_k(total, W, Q, R, seen, budget):
         W, seen = W.sum(-1, keepdim=True), seen.any(1, keepdim=True)
     size = max(1, budget // (len(W) * W.shape[1] * W.shape[3] * Q.shape[-2]))
     for rows, keys in _spans(seen, size):
-        U = _turned_back(Q[..., rows].mT.flatten(0, 2), None if R is None else R[keys])
+        U = _turned_back(Q[..., rows].mT.flatten(0, 2), R, keys)
         w = W[:, :, rows, keys].flatten(0, 2)[..., None]
         total.addmm_((U * w).flatten(0, 1).T, U.flatten(0, 1))
 
@@ -119,7 +123,7 @@ class GaussNewtonSums(AttentionSums):
         n_kv_heads: int,  # key and value heads
         d_head: int,  # size of a head
         inp: int,  # input features
-        rotation: Float[Tensor, "tok d_head d_head"] | None = None,  # `rope_matrices`; `None`: no RoPE
+        rotation: Float[Tensor, "tok d_head d_head"] | Rotations | None = None,  # `None`: no RoPE
         device: torch.device | str | None = None,  # where the sums live
         dtype: torch.dtype = torch.float32,  # of the sums; inputs are cast
         *,
@@ -131,7 +135,7 @@ class GaussNewtonSums(AttentionSums):
         super().__init__(n_heads, n_kv_heads, d_head, inp, rotation, device, dtype)
         self.stride, self.coarse = _check_strides(stride, coarse)
         self.scaling = d_head**-0.5 if scaling is None else scaling
-        self.rotation, self.metric = (None if t is None else t.to(self.hv) for t in (rotation, metric))
+        self.rotation, self.metric = (None if t is None else t.to(device, dtype) for t in (rotation, metric))
         _add_sums(self, n_heads, d_head, inp)
 
 # %% ../nbs/11_gaussnewton.ipynb #8cc609ac
@@ -170,9 +174,9 @@ def _add_group(s, g, X, Q, K, V, A, dK, at, few):
 def _sized(s, H, G):
     "The pair of k, scaled so that it agrees with the measured change of the probes."
     G, H = (M / M.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None] for M in (G, H))
-    by_pair = ((G[:, None] @ s.probes @ H[:, None]) * s.probes).sum((-1, -2)) @ s.probed
+    by_pair = torch.stack([((g @ s.probes @ h) * s.probes).sum((-1, -2)) @ s.probed for g, h in zip(G, H)])
     measured = s.change * (s.scaling**2 * s.n_kv_heads / s.n_heads)
-    return KroneckerLoss(H * (measured / by_pair.clamp(min=1e-30))[:, None, None], G)
+    return KroneckerLoss(H.mul_((measured / by_pair.clamp(min=1e-30))[:, None, None]), G)
 
 # %% ../nbs/11_gaussnewton.ipynb #05df5a3c
 class _GaussNewtonLosses(GaussNewtonSums):

@@ -18,15 +18,20 @@ from .notation import AespaError, NumericalError
 # %% ../nbs/04_gptq.ipynb #835fcc80
 def inverse_factor(
     H: Float[Tensor, "*heads inp inp"],  # symmetric, positive definite
+    reverse: bool = True,  # False: `H` is reversed already, and its memory may be used
 ) -> Float[Tensor, "*heads inp inp"]:  # U, upper triangular
     "Upper-triangular `U` with `U^T U = H^-1`. Raises `NumericalError` if `H` is not positive definite."
-    if not torch.isfinite(H).all():
+    L = (H.flip(-1, -2) if reverse else H).mT  # symmetric; LAPACK works in place on columns
+    if not L.sum().isfinite():
         raise NumericalError("H has NaN or Inf: check the activations")
-    L, info = torch.linalg.cholesky_ex(H.flip(-1, -2))
+    _, info = torch.linalg.cholesky_ex(L, out=(L, L.new_empty(L.shape[:-2], dtype=torch.int32)))
     if (info > 0).any():
         raise NumericalError("H is not positive definite: raise the damping, or give more calibration tokens")
-    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-    return torch.linalg.solve_triangular(L.flip(-1, -2), eye.expand_as(H), upper=True)
+    inverse = torch.zeros_like(L)
+    inverse.diagonal(dim1=-2, dim2=-1).fill_(1)
+    torch.linalg.solve_triangular(L, inverse, upper=False, out=inverse)
+    del L, H
+    return inverse.flip(-1, -2)
 
 # %% ../nbs/04_gptq.ipynb #7bc9fa0b
 class GPTQResult(NamedTuple):
@@ -69,6 +74,11 @@ def _check(W, H, grid, block_size):
         raise NumericalError("the weight has NaN or Inf: check the checkpoint")
 
 # %% ../nbs/04_gptq.ipynb #6b171873
+def _permuted(M, order):
+    "The rows of every matrix of `M` `[heads n m]` in an order `[#heads n]`."
+    return M[torch.arange(len(M), device=M.device)[:, None], order]
+
+
 def gptq(
     W: Float[Tensor, "*heads out inp"],
     H: Float[Tensor, "*#heads inp inp"],  # damped, positive definite; one for all heads or one each
@@ -80,16 +90,17 @@ def gptq(
 
     Raises `NumericalError` if `H` is not positive definite, `AespaError` if shapes do not fit."""
     _check(W, H, grid, block_size)
-    H = H[(None,) * (W.ndim - H.ndim)]
-    order = processing_order(H, act_order)[..., None]
-    U = inverse_factor(H.take_along_dim(order, -2).take_along_dim(order.mT, -1))
-    W = W.mT.take_along_dim(order, -2)  # a copy; its rows are columns of the layer, next to be rounded first
-    step, zero, group = grid.step.mT, grid.zero.mT, order // (W.shape[-2] // grid.step.shape[-1])
-    W_int = torch.empty_like(W)
-    for a in range(0, W.shape[-2], block_size):
+    shape, inp = W.shape, W.shape[-1]
+    W, H, step, zero = (t.reshape(-1, *t.shape[-2:]) for t in (W, H, grid.step, grid.zero))
+    order = processing_order(H, act_order)
+    last = order.flip(-1)
+    U = inverse_factor(_permuted(_permuted(H, last).mT, last), reverse=False)
+    W = _permuted(W.mT, order)  # a copy; its rows are columns of the layer, next to be rounded first
+    W_int, group = torch.empty_like(W), order // (inp // step.shape[-1])
+    for a in range(0, inp, block_size):
         b = a + block_size
-        s, z = (t.take_along_dim(group[..., a:b, :], -2) for t in (step, zero))
-        W_int[..., a:b, :], errors = _round_block(W[..., a:b, :], U[..., a:b, a:b], s, z, grid.max_code)
-        W[..., b:, :] -= U[..., a:b, b:].mT @ errors
-    back = order.mT.argsort(-1)
-    return GPTQResult(*(t.mT.take_along_dim(back, -1) for t in (W_int, W)))
+        s, z = (_permuted(t.mT, group[:, a:b]) for t in (step, zero))
+        W_int[:, a:b], errors = _round_block(W[:, a:b], U[:, a:b, a:b], s, z, grid.max_code)
+        W[:, b:] -= U[:, a:b, b:].mT @ errors
+    back = order.argsort(-1)
+    return GPTQResult(*(_permuted(t, back).mT.reshape(shape) for t in (W_int, W)))

@@ -38,22 +38,30 @@ class Gram:
 
     def mean(self) -> Hessian:
         "`H`, the mean over all tokens so far. Raises `AespaError` if there were none."
+        return self.total / self._count()
+
+    def take(self) -> Hessian:
+        "As `mean`, in the sum's own memory: nothing can be added afterwards."
+        return self.total.div_(self._count())
+
+    def _count(self):
         if not self.tokens:
             raise AespaError("no tokens were added: pass calibration data")
-        return self.total / self.tokens
+        return self.tokens
 
 # %% ../nbs/02_hessian.ipynb #8ad20f59
 def damp(
-    H: Hessian,  # left as it is
+    H: Hessian,
     ratio: float = 0.01,  # share of the mean diagonal that is added to the diagonal
     dead: float = 1 / 2048,  # what an input that never fires (diagonal 0) gets instead of 0
+    copy: bool = True,  # False: in the memory of `H`
 ) -> Hessian:
     "`H` made safely positive definite: dead inputs' diagonal replaced, a share of the mean diagonal added."
-    if not torch.isfinite(H).all():
+    if not H.sum().isfinite():
         raise NumericalError("H has NaN or Inf: check the activations it was made from")
     if ratio < 0 or dead <= 0:
         raise AespaError("damp needs ratio >= 0 and dead > 0")
-    H = H.clone()
+    H = H.clone() if copy else H
     diag = H.diagonal(dim1=-2, dim2=-1)  # a view: the next lines write into H
     diag[diag == 0] = dead
     diag += ratio * diag.mean(-1, keepdim=True)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .attention import Rotations
 from .hessian import Gram, damp
 from .notation import AespaError, NumericalError
 
@@ -85,16 +86,18 @@ class KroneckerLoss:
 # %% ../nbs/10_precompute.ipynb #126bab23
 def mean_rotated(
     M: Float[Tensor, "*heads d_head d_head"],  # one matrix for each head
-    R: Float[Tensor, "tok d_head d_head"],  # one rotation for each position
+    R: Float[Tensor, "tok d_head d_head"] | Rotations,  # one rotation for each position
+    size: int = 64,  # positions at a time
 ) -> Float[Tensor, "*heads d_head d_head"]:  # as `M`
     "Mean over positions of `R_m^T M R_m`. Raises `AespaError` if the sizes differ."
-    d = M.shape[-1]
-    if R.shape[-1] != d:
-        raise AespaError(f"rotations of size {R.shape[-1]} can't turn matrices of size {d}")
-    R = R.to(M)
-    rows = R.reshape(-1, d)
-    turned = [rows.T @ (one @ R).reshape(-1, d) for one in M.reshape(-1, d, d)]
-    return torch.stack(turned).reshape(M.shape) / len(R)
+    d, total = M.shape[-1], torch.zeros_like(M).reshape(-1, *M.shape[-2:])
+    if R[:1].shape[-1] != d:
+        raise AespaError(f"rotations of size {R[:1].shape[-1]} can't turn matrices of size {d}")
+    for a in range(0, len(R), size):
+        some = R[a : a + size].to(M)
+        for turned, one in zip(total, M.reshape(-1, d, d)):
+            turned.addmm_(some.reshape(-1, d).T, (one @ some).reshape(-1, d))
+    return total.reshape(M.shape) / len(R)
 
 # %% ../nbs/10_precompute.ipynb #ab86f718
 def _sum_of_squares(Y, groups):
@@ -128,7 +131,7 @@ class AttentionSums:
         n_kv_heads: int,  # key and value heads
         d_head: int,  # size of a head
         inp: int,  # input features
-        rotation: Float[Tensor, "tok d_head d_head"] | None = None,  # `rope_matrices`; `None`: no RoPE
+        rotation: Float[Tensor, "tok d_head d_head"] | Rotations | None = None,  # `None`: no RoPE
         device: torch.device | str | None = None,  # where the sums live
         dtype: torch.dtype = torch.float32,  # of the sums; inputs are cast
     ):

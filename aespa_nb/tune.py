@@ -18,11 +18,11 @@ from .grid import Grid
 from .notation import AespaError, NumericalError
 
 # %% ../nbs/13c_tune.ipynb #ff4284c0
-def _relative_error(block, parameters, x, y, kwargs):
-    "The squared error of `block`'s output with other `parameters`, relative to the size of `y`."
+def _relative_error(block, parameters, x, y, kwargs, size=None):
+    "The squared error of `block`'s output with other `parameters`, relative to `size` (None: that of `y`)."
     out = functional_call(block, parameters, (x,), kwargs)
     out = out[0] if isinstance(out, tuple) else out
-    return (out - y).pow(2).mean() / y.pow(2).mean()
+    return (out - y).pow(2).sum() / (y.pow(2).sum() if size is None else size)
 
 # %% ../nbs/13c_tune.ipynb #007709e2
 def norm_weights(block: nn.Module) -> dict[str, Tensor]:
@@ -64,18 +64,21 @@ class Scales:
         return linears | {n: (w * self.factors[n]).to(w.dtype) for n, w in self.norms.items()}
 
 # %% ../nbs/13c_tune.ipynb #3989d065
-def _step(block, scales, adam, x, y, kwargs):
-    "One step of Adam on a batch; returns the loss before it. Raises `NumericalError` if that is NaN or Inf."
+def _step(block, scales, adam, batch, together, kwargs):
+    "One step of Adam on a batch `(x, y)`; returns the loss before it. Raises `NumericalError` if that is NaN or Inf."
     adam.zero_grad()
-    with torch.enable_grad():
-        loss = _relative_error(block, scales.parameters(), x, y, kwargs)
-        loss.backward(inputs=list(scales.factors.values()))
-    if not torch.isfinite(loss):
+    size, total = batch[1].pow(2).sum(), 0
+    for x, y in zip(*(t.split(together) for t in batch)):
+        with torch.enable_grad():
+            loss = _relative_error(block, scales.parameters(), x, y, kwargs, size)
+            loss.backward(inputs=list(scales.factors.values()))
+        total += loss.detach()
+    if not torch.isfinite(total):
         raise NumericalError("the block's output error is NaN or Inf: check the streams and the rounded weights")
     adam.step()
     for factor in scales.factors.values():
         factor.clamp_(min=0.1)  # steps stay positive
-    return loss.item()
+    return total.item()
 
 
 def _check_options(stream, target, iterations, lr, batch_size):
@@ -94,7 +97,7 @@ def tune_scales(
     target: Float[Tensor, "seq tok d_model"],  # what it should put out: the full-precision stream
     iterations: int = 40,
     lr: float = 0.01,  # of Adam on the factors, falling to 0 along a straight line
-    batch_size: int = 8,  # sequences in a step
+    batch_size: int = 8,  # sequences in a step; `stream.batch_size` of them run together
     seed: int = 0,  # of the order of the sequences
 ) -> tuple[dict[str, Grid], list[float]]:  # the new grids; the relative loss of every step
     "Fits steps and norm weights to the block's output by Adam; the codes stay. Raises `AespaError` on bad options."
@@ -105,8 +108,8 @@ def tune_scales(
     for i in range(iterations):
         adam.param_groups[0]["lr"] = lr * (1 - i / iterations)
         batch = torch.randperm(len(target), generator=generator)[:batch_size]
-        x, y = (t[batch].to(stream.device, stream.dtype) for t in (stream.hidden, target))
-        losses.append(_step(block, scales, adam, x, y, stream.kwargs))
+        batch = [t[batch].to(stream.device, stream.dtype) for t in (stream.hidden, target)]
+        losses.append(_step(block, scales, adam, batch, stream.batch_size, stream.kwargs))
     for name, value in scales.parameters().items():
         block.get_parameter(name).copy_(value)
     return {n: replace(g, step=g.step * scales.factors[n].detach().to(g.step)) for n, g in grids.items()}, losses
