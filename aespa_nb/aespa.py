@@ -161,7 +161,8 @@ def _hearing_inputs(block: nn.Module, listeners: dict[str, Callable]) -> Iterato
 def _attention_sums(model, block, stream, objective, dtype):
     "What gathers the attention module's statistics, and the function that takes `(X, Q, K, V, A)`."
     family, n_heads = family_of(model), attention_shape(model)[0]
-    args = (*attention_shape(model), block.get_submodule(family.q).in_features, rotation_of(stream), stream.device, dtype)
+    inp = block.get_submodule(family.q).in_features
+    args = (*attention_shape(model), inp, rotation_of(stream), stream.device, dtype)
     if objective == "attention":
         sums = AttentionStatistics(*args)
         return sums, lambda X, Q, K, V, A: sums.add(X, Q, K, A)
@@ -170,37 +171,46 @@ def _attention_sums(model, block, stream, objective, dtype):
     return sums, sums.add
 
 # %% ../nbs/14_aespa.ipynb #fa40cfcc
-def _one_pass(block, stream, grams, readers, attention, full, stop) -> None:
-    "Runs `stream` through `block` as far as `stop`; fills `grams`. `attention` is a module and what it is to call."
-    seen, aims, first = {}, {}, list(grams)[0][0]
-    sources = {readers[names[0]] for names in grams if names[0] in readers} if full else set()
+class _Ear:
+    "Hears the inputs of `grams` in one stream; with the full-precision stream's in `aims` beside it."
 
-    def hear(names, X):
-        head, gram = names[0], grams[names]
-        seen[head] = X
-        if not (attention and head == first):  # the attention statistics add it themselves
+    def __init__(self, grams, readers, paired, counted):
+        self.grams, self.readers, self.paired, self.counted = grams, readers if paired else {}, paired, counted
+        self.seen, self.aims = {}, {}
+        sources = {self.readers[names[0]] for names in grams if names[0] in self.readers}
+        keep = lambda place: {name: lambda X, name=name: place.update({name: X}) for name in sources}
+        self.listeners = keep(self.seen) | {names[0]: functools.partial(self.hear, names[0]) for names in grams}
+        self.beside = keep(self.aims) | {n[0]: lambda X, n=n[0]: self.aims.update({n: X}) for n in grams}
+
+    def hear(self, head, X):
+        gram = next(gram for names, gram in self.grams.items() if names[0] == head)
+        self.seen[head] = X
+        if self.paired:
+            gram.add_pair(X, self.aims[head], counted=head == self.counted)
+        elif head != self.counted:
             gram.add(X)
-        if full:
-            gram.add_drift(X, aims[head])
-        if full and head in readers:
-            gram.add_stream(X, aims[readers[head]] - seen[readers[head]])
-
-    keep = lambda place: {name: lambda X, name=name: place.update({name: X}) for name in sources}
-    listeners = keep(seen) | {names[0]: functools.partial(hear, names) for names in grams}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_hearing_inputs(block, listeners))
-        if attention:
-            module, add = attention
-            stack.enter_context(listening(lambda m, *heard: add(seen[first], *heard), to=module))
-        steps = stream.steps(block, stop=stop)
-        for _ in _beside(full, grams, keep(aims), aims, stop, list(readers)[-1], steps) if full else steps:
-            seen.clear(), aims.clear()
+        if head in self.readers:
+            source = self.readers[head]
+            gram.add_stream(X, self.aims[source] - self.seen[source])
 
 # %% ../nbs/14_aespa.ipynb #c14beside
-def _beside(full, grams, listeners, aims, stop, end, steps):
-    "`steps`, each after the same batch of the full-precision stream has left its inputs in `aims`."
+def _one_pass(block, stream, grams, readers, attention, full, stop) -> None:
+    "Runs `stream` through `block` as far as `stop`; fills `grams`. `attention` is a module and what it is to call."
+    first = list(grams)[0][0]
+    ear = _Ear(grams, readers, bool(full), first if attention else None)  # attention's statistics count X themselves
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_hearing_inputs(block, ear.listeners))
+        if attention:
+            module, add = attention
+            stack.enter_context(listening(lambda m, *heard: add(ear.seen[first], *heard), to=module))
+        steps = stream.steps(block, stop=stop)
+        for _ in _beside(full, ear.beside, stop, list(readers)[-1], steps) if full else steps:
+            ear.seen.clear(), ear.aims.clear()
+
+
+def _beside(full, listeners, stop, end, steps):
+    "`steps`, each after the same batch of the full-precision stream has left its inputs."
     reference, stream = full
-    listeners |= {names[0]: lambda X, n=names[0]: aims.update({n: X}) for names in grams}
     over = stop == end  # nothing more is to be heard: the stream goes through and on to the next block
     with _hearing_inputs(reference, listeners):
         yield from zip(stream.steps(reference, keep=over, stop=None if over else stop), steps, strict=True)
@@ -215,31 +225,29 @@ def block_losses(
     groups: list[tuple[str, ...]] | None = None,  # linears that read the same input; None: all of the block
     full: tuple[nn.Module, BlockStream] | None = None,  # the block and its stream at full precision
 ) -> tuple[dict[str, KroneckerLoss], dict[str, Drift]]:  # of each linear; with `full` also how its input drifted
-    """The pre-computed loss of the linears of `block`, from one pass; `model` must be `capturing`.
-
-    With the last group the full-precision stream moves on to the next block."""
+    "Losses of `block` from one pass (`model` must be `capturing`); with the last group the `full` stream moves on."
     family, device = family_of(model), stream.device
     groups = groups or [names for _, names in family.zeta]
     kind, width = StreamGram if full else Gram, lambda name: block.get_submodule(name).in_features
     grams = {names: kind(width(names[0]), device, dtype) for names in groups}
-    attention, heads, stop = None, {}, groups[-1][0]
-    if objective != "layer" and family.q in groups[0]:
-        sums, add = _attention_sums(model, block, stream, objective, dtype)
-        attention, sums.gram = (block.get_submodule(family.attention), add), grams[groups[0]]
-        stop = family.o if len(groups) == 1 else stop
-    _one_pass(block, stream, grams, stream_readers(model), attention, full, stop)
-    if attention:
-        _check_records(sums.gram.tokens, stream, model)
-        heads = {getattr(family, role): loss for role, loss in sums.losses().items()}
-    return _finished(grams, heads)
+    run = functools.partial(_one_pass, block, stream, grams, stream_readers(model), full=full)
+    if objective == "layer" or family.q not in groups[0]:
+        run(attention=None, stop=groups[-1][0])
+        return _finished(grams, {})
+    sums, add = _attention_sums(model, block, stream, objective, dtype)
+    sums.gram, attention = grams[groups[0]], block.get_submodule(family.attention)
+    run(attention=(attention, add), stop=family.o if len(groups) == 1 else groups[-1][0])
+    _check_records(sums.gram.tokens, stream, model)
+    return _finished(grams, {getattr(family, role): loss for role, loss in sums.losses().items()})
 
 
+# %% ../nbs/14_aespa.ipynb #c14finished
 def _finished(grams, heads):
     "Losses and drifts; the sums go, one after the other."
     losses, drifts = {}, {}
     for names in list(grams):
         gram, head = grams.pop(names), heads.get(names[0])
-        H = head.H if head else gram.take()
+        H = head.H if head else gram.mean(copy=False)
         losses |= {name: heads.get(name) or KroneckerLoss(H) for name in names}
         if isinstance(gram, StreamGram):
             drifts |= dict.fromkeys(names, gram.maps(H))

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 # %% ../nbs/31_cost.ipynb #22952fe8
-from . import aespa, descent, zfold
+from . import aespa, descent, target, zfold
 from .aespa import AespaConfig, check_model, quantize_model
-from .capture import BlockStream, family_of, listening
+from .capture import BlockStream, attention_shape, family_of
 from .gaussnewton import GaussNewtonStatistics
 from .hessian import Gram
 from .notation import AespaError
@@ -151,9 +151,9 @@ def gauss_newton_work(
     "Of adding sequences to the Gauss-Newton matrices of Q and K, with RoPE; a query sees half of the keys on average."
     some = math.ceil(tok / stride)
     few = math.ceil(some / coarse)
-    keys = few * tok / 2 * 6 * d_head**2 + few * 6 * d_head**3
+    keys = few * tok / 2 * 4 * d_head**2 + few * 6 * d_head**3
     heads = 8 * some * tok * d_head + keys
-    probes = 8 * d_head * tok * (inp + d_head)
+    probes = 8 * d_head * tok * inp
     flops = seqs * (n_heads * heads + probes)
     return Work(flops, size * seqs * n_heads * (some * tok + 3 * tok * d_head)) + gram_work(tok, inp, size) * (
         seqs * n_kv_heads
@@ -334,7 +334,7 @@ _READING = (
     (aespa, "block_losses", "forward", None),
     (BlockStream, "run", "hand-over", None),
     (Gram, "add", "Hessians", _one_gram),
-    (PairedGram, "add_drift", "Hessians", _one_gram),
+    (PairedGram, "add_pair", "Hessians", _one_gram),
     *((s, "add", "attention", lambda _, *args: _sum_work(*args)) for s in (AttentionStatistics, GaussNewtonStatistics)),
     *((s, "losses", "attention", None) for s in (AttentionStatistics, GaussNewtonStatistics)),
 )

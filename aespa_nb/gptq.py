@@ -73,12 +73,12 @@ def _check(W, H, grid, block_size):
     if not torch.isfinite(W).all():
         raise NumericalError("the weight has NaN or Inf: check the checkpoint")
 
-# %% ../nbs/04_gptq.ipynb #6b171873
+# %% ../nbs/04_gptq.ipynb #c04perm
 def _permuted(M, order):
     "The rows of every matrix of `M` `[heads n m]` in an order `[#heads n]`."
     return M[torch.arange(len(M), device=M.device)[:, None], order]
 
-
+# %% ../nbs/04_gptq.ipynb #6b171873
 def gptq(
     W: Float[Tensor, "*heads out inp"],
     H: Float[Tensor, "*#heads inp inp"],  # damped, positive definite; one for all heads or one each
@@ -93,8 +93,7 @@ def gptq(
     shape, inp = W.shape, W.shape[-1]
     W, H, step, zero = (t.reshape(-1, *t.shape[-2:]) for t in (W, H, grid.step, grid.zero))
     order = processing_order(H, act_order)
-    last = order.flip(-1)
-    U = inverse_factor(_permuted(_permuted(H, last).mT, last), reverse=False)
+    U = inverse_factor(_permuted(_permuted(H, order.flip(-1)).mT, order.flip(-1)), reverse=False)
     W = _permuted(W.mT, order)  # a copy; its rows are columns of the layer, next to be rounded first
     W_int, group = torch.empty_like(W), order // (inp // step.shape[-1])
     for a in range(0, inp, block_size):

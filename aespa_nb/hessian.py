@@ -36,18 +36,11 @@ class Gram:
         self.total.addmm_(X.T, X)
         self.tokens += len(X)
 
-    def mean(self) -> Hessian:
-        "`H`, the mean over all tokens so far. Raises `AespaError` if there were none."
-        return self.total / self._count()
-
-    def take(self) -> Hessian:
-        "As `mean`, in the sum's own memory: nothing can be added afterwards."
-        return self.total.div_(self._count())
-
-    def _count(self):
+    def mean(self, copy: bool = True) -> Hessian:
+        "`H`, the mean over all tokens so far; without `copy` the sum turns into it, and nothing can be added."
         if not self.tokens:
             raise AespaError("no tokens were added: pass calibration data")
-        return self.tokens
+        return self.total / self.tokens if copy else self.total.div_(self.tokens)
 
 # %% ../nbs/02_hessian.ipynb #8ad20f59
 def damp(

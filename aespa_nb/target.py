@@ -40,16 +40,13 @@ class PairedGram(Gram):
         self,
         X: Inputs,  # what the layer reads, behind quantized layers
         X_full: Inputs,  # what it reads in the full-precision network, token for token
+        counted: bool = False,  # `X` itself has been added already
     ) -> None:
         "Adds the tokens of one batch. Raises `AespaError` if the shapes differ, `NumericalError` on NaN or Inf."
         _check_pair(X, X_full)
-        self.add(X)
-        self.add_drift(X, X_full)
-
-    def add_drift(self, X: Inputs, X_full: Inputs) -> None:
-        "The part of `add_pair` that needs both; `add` has the other."
-        _check_pair(X, X_full)
         x = _rows(X, self.total)
+        if not counted:
+            self.add(X)
         self.cross.addmm_((_rows(X_full, self.total) - x).T, x)
 
     def drift(self) -> Float[Tensor, "inp inp"]:
@@ -108,7 +105,7 @@ class Drift(NamedTuple):
     S: Float[Tensor, "inp inp"]  # x_full - x = S x
     stream: Float[Tensor, "out inp"] | None = None  # h_full - h = stream x
 
-
+# %% ../nbs/11b_target.ipynb #c11bsg2
 class StreamGram(PairedGram):
     "A `PairedGram` that also sees the stream `h` to which the layer's output is added."
 
