@@ -324,7 +324,7 @@ def _sum_work(stats, X, Q, K, *rest):
     return work
 
 
-def _one_gram(_, gram, X, *rest):
+def _one_gram(_, gram, X, *rest, **kwargs):
     "Of a Gram's `add`, or of the second product of a pair's."
     return gram_work(X.numel() // X.shape[-2], X.shape[-2], gram.total.element_size())
 
@@ -364,7 +364,7 @@ def _zeta_work(Bs):
     return sum((product_work(B.shape[:-1].numel(), B.shape[-1], B.shape[-1]) for B in Bs), Work()) * 2
 
 
-def _drift_solve(_, H, *rest):
+def _drift_solve(_, H, *rest, **kwargs):
     return product_work(len(H), len(H), len(H)) * (7 / 6)
 
 # %% ../nbs/31_cost.ipynb #894b009a

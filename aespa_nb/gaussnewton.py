@@ -213,8 +213,9 @@ class GaussNewtonStatistics(_GaussNewtonLosses):
         _add_attended(self.hv, X, A)
         dK, at = _keys_moved(self.probes, X, self.rotation), _every(A.shape[-1], self.stride)
         few = _every(len(at), self.coarse)
-        Q, A = (t.chunk(self.n_kv_heads, 1) for t in (Q[..., at], A[:, :, at]))
+        group = self.n_heads // self.n_kv_heads
         for g in range(self.n_kv_heads):
-            _add_group(self, g, X, Q[g], K[:, g], V[:, g], A[g].to(X), dK, at, few)
+            heads = slice(g * group, g * group + group)
+            _add_group(self, g, X, Q[:, heads, :, at], K[:, g], V[:, g], A[:, heads, at].to(X), dK, at, few)
         self.queries += len(X) * len(few)
         self.probed += torch.tensor([len(X) * len(few[i :: len(dK)]) for i in range(len(dK))]).to(X)

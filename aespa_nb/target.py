@@ -44,10 +44,9 @@ class PairedGram(Gram):
     ) -> None:
         "Adds the tokens of one batch. Raises `AespaError` if the shapes differ, `NumericalError` on NaN or Inf."
         _check_pair(X, X_full)
-        x = _rows(X, self.total)
         if not counted:
             self.add(X)
-        self.cross.addmm_((_rows(X_full, self.total) - x).T, x)
+        self.cross.addmm_(_rows(X_full - X, self.total).T, _rows(X, self.total))
 
     def drift(self) -> Float[Tensor, "inp inp"]:
         "`D = E[(x_full - x) x^T]`, the mean over all tokens so far. Raises `AespaError` if there were none."

@@ -2,9 +2,11 @@
 
 Each run quantizes the bundled model on 64 calibration sequences, one CPU thread, and is measured on the first 128
 held-out windows. One JSON record per run goes to nbs/runs/campaign.json; the chapters draw their tables from there.
+`layers` compares the two solvers on the loss of every layer instead, in nbs/runs/layers.json.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -16,8 +18,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
+from aespa_nb.adaround import adaround
+from aespa_nb.aespa import block_losses
+from aespa_nb.capture import BlockStream, capturing
+from aespa_nb.descent import descend
+from aespa_nb.gptq import gptq
+from aespa_nb.gridfit import fit_grid
 
-RESULTS = Path("nbs/runs/campaign.json")
+RESULTS, LAYERS = Path("nbs/runs/campaign.json"), Path("nbs/runs/layers.json")
 SAMPLES, WINDOWS = 64, 128
 
 # (name, preset, changes): what the ablation chapter compares. The first six change objective and solver alone.
@@ -80,15 +88,64 @@ def run(reference, group, name, bits, group_size, seed, preset, changes) -> dict
     return dict(**what, changes=changes, **measured, **versions)
 
 
+def layer_losses(reference, seed: int = 0):
+    "The pre-computed losses of every layer of the full-precision model: (name, weight, loss)."
+    model = reference.model
+    config = AespaConfig.preset("aespa")
+    tokens = reference.calib[torch.randperm(len(reference.calib), generator=torch.Generator().manual_seed(seed))][:32]
+    with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, tokens, 1)) as stream:
+        for i, block in enumerate(model.model.layers):
+            losses, _ = block_losses(model, block, stream, config.objective)
+            for name, loss in losses.items():
+                yield f"{i}.{name}", block.get_submodule(name).weight, loss.damped(config.damping)
+            stream.run(block, keep=True)
+
+
+def timed(f):
+    start = time.process_time()
+    return f(), time.process_time() - start
+
+
+@torch.no_grad()
+def compare(W, loss, bits: int) -> dict:
+    "What GPTQ, then AdaRound (2000 steps) and descent from there reach on one layer; `same_grid`: steps not refitted."
+    U, recipe = loss.split(W), AespaConfig.preset("aespa", bits)
+    grid = fit_grid(U, loss.H, bits)
+    start = gptq(U, loss.H, grid)
+    value = lambda codes: float(loss(grid.values(codes) - U))
+    learn = lambda: adaround(U, grid, loss, start.W_comp, recipe.iterations, 0.015, loss_scale=recipe.loss_scale)
+    learned, learning = timed(learn)
+    free, descending = timed(lambda: descend(U, grid, loss.H, loss.G, start.W_int))
+    fixed = descend(U, grid, loss.H, loss.G, start.W_int, refit=False)
+    found = dict(gptq=value(start.W_int), adaround=value(learned), same_grid=fixed.loss, descent=free.loss)
+    return found | dict(adaround_seconds=learning, descent_seconds=descending)
+
+
+def compare_solvers(reference, bits: int) -> None:
+    "Compares on every layer of the model; to nbs/runs/layers.json."
+    rows = []
+    for name, W, loss in layer_losses(reference):
+        rows.append(dict(layer=name, bits=bits, **compare(W, loss, bits)))
+        print(*(f"{v:.5g}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True)
+    kept = [r for r in json.loads(LAYERS.read_text()) if r["bits"] != bits] if LAYERS.exists() else []
+    new = LAYERS.with_suffix(".new")
+    new.write_text(json.dumps(kept + rows, indent=1))
+    new.replace(LAYERS)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("ablations", "presets"))
+    parser.add_argument("which", choices=("ablations", "presets", "layers"))
     parser.add_argument("--bits", type=int, nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     parser.add_argument("--names", nargs="+", help="only these")
     args = parser.parse_args()
     torch.set_num_threads(1)
     reference = load_reference()
+    if args.which == "layers":
+        for bits in args.bits or (2, 3):
+            compare_solvers(reference, bits)
+        return
     keys = ("group", "name", "bits", "group_size", "seed")
     for item in plan(args.which):
         chosen = zip((item[2], item[4], item[1]), (args.bits, args.seeds, args.names))
