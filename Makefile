@@ -56,6 +56,7 @@ train-reference: $(DEV)
 campaign: $(DEV)
 	$(PY) tools/campaign.py ablations
 	$(PY) tools/campaign.py presets
+	$(PY) tools/campaign.py layers
 
 constraints: $(DEV)
 	$(PY) tools/freeze.py
