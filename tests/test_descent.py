@@ -238,7 +238,7 @@ for heads_H, coupled, group in ((2, False, 5), (1, True, None), (2, True, 5)):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(module.triton is None, reason="triton is not installed")
+@pytest.mark.skipif(module.triton is None, reason="needs Triton: pip install triton==3.9.0 (1 GB)")
 def test_triton_kernels_in_the_interpreter():
     "In a process of its own: the interpreter must be chosen before Triton is imported."
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
