@@ -380,9 +380,10 @@ _SOLVING = (
     (aespa, "best_of_starts", "descent", None),
     (descent, "descend", "descent", _sweeps),
     (aespa, "adaround", "Adam", _steps),
+    (aespa, "tune_scales", "tuning", None),
 )
 TOKEN_PHASES = ("embed", "forward", "Hessians", "attention", "hand-over")  # grow with the tokens
-PHASES = (*TOKEN_PHASES, "target", "grid", "GPTQ", "descent", "Adam", "other")
+PHASES = (*TOKEN_PHASES, "target", "grid", "GPTQ", "descent", "Adam", "tuning", "other")
 
 # %% ../nbs/31_cost.ipynb #0c5058b1
 @contextlib.contextmanager

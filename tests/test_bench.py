@@ -111,7 +111,7 @@ def test_phases_sum_up_to_the_run(reports, preset):
     assert set(report.phases) <= set(PHASES) and all(p.seconds >= 0 for p in report.phases.values())
     assert report.phases["other"].seconds < 0.5 * report.seconds
     assert {"embed", "forward", "Hessians", "hand-over", "grid"} <= set(report.phases)
-    expected = {"gptq": "GPTQ", "adaround": "Adam", "aespa": "attention", "best": "descent"}
+    expected = {"gptq": "GPTQ", "adaround": "Adam", "aespa": "attention", "best": "descent", "max": "tuning"}
     assert preset not in expected or report.phases[expected[preset]].work.flops > 0
 
 
@@ -119,7 +119,7 @@ def test_counted_work_is_the_cost_model(reports):
     paper = cost_model(shape_config("tiny", 2, 32), 4, 32)
     flops = {preset: {name: p.work.flops for name, p in r.phases.items()} for preset, r in reports.items()}
     assert flops["gptq"]["hand-over"] == paper["one forward pass"].flops
-    assert flops["best"]["hand-over"] == 2 * paper["one forward pass"].flops
+    assert flops["best"]["hand-over"] == paper["one forward pass"].flops  # the other stream moves on as it is read
     assert flops["gptq"]["Hessians"] == paper["Hessians of the inputs"].flops
     assert flops["aespa"]["attention"] == paper["Hessians of V"].flops
     both = paper["Hessians of V"] + paper["Gauss-Newton for Q and K"]
