@@ -440,7 +440,7 @@ def _measuring_memory(report, device: torch.device) -> Iterator[None]:
     start, done = _private_bytes(), threading.Event()
 
     def watch():
-        while not done.wait(0.005):
+        while not done.wait(0.002):
             report.peak_bytes = max(report.peak_bytes, _private_bytes() - start)
 
     thread = threading.Thread(target=watch, daemon=True)
