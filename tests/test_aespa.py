@@ -154,12 +154,13 @@ def test_report_is_plain_json():
     assert 3 < report.bits_per_weight < 6
 
 
-WIDE = """
+MODELS = {}
+MODELS["wide"] = """
 sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=4)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=1, max_position_embeddings=64, **sizes))
 tokens = torch.randint(0, 256, (32, 64))
 """
-BUNDLED = """
+MODELS["bundled"] = """
 model, _, tokens, _ = load_reference()
 model.model.layers = model.model.layers[:2]
 """
@@ -181,12 +182,12 @@ print(report.peak_bytes, report.budget_bytes, report.block_bytes)
 
 
 @pytest.mark.parametrize(
-    "model, preset", [(WIDE, "aespa"), (WIDE, "best"), (WIDE, "max"), (BUNDLED, "aespa"), (BUNDLED, "best")]
+    "model, preset", [("wide", "aespa"), ("wide", "best"), ("wide", "max"), ("bundled", "aespa"), ("bundled", "best")]
 )
 def test_peak_memory_stays_below_the_budget(model, preset):
     "In a fresh process."
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed arrays go back to the system at once
-    command = [sys.executable, "-c", MEASURE.format(model=model, preset=preset)]
+    command = [sys.executable, "-c", MEASURE.format(model=MODELS[model], preset=preset)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
     peak, budget, block = map(int, out.split())
     print(f"peak {peak / 2**20:.1f} MiB, budget {budget / 2**20:.1f} MiB")
