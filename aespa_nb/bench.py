@@ -29,9 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 # %% ../nbs/31_cost.ipynb #22952fe8
 from . import aespa, descent, target, zfold
 from .aespa import AespaConfig, check_model, quantize_model
-from .capture import BlockStream, attention_shape, family_of
+from .capture import BlockStream, listening, stacks_of
 from .gaussnewton import GaussNewtonStatistics
 from .hessian import Gram
+from .measured import MeasuredStatistics
 from .notation import AespaError
 from .precompute import AttentionStatistics
 from .target import PairedGram
@@ -331,11 +332,13 @@ def _one_gram(_, gram, X, *rest, **kwargs):
 
 _READING = (
     (BlockStream, "__init__", "embed", None),
+    (aespa, "survey", "survey", None),
     (aespa, "block_losses", "forward", None),
     (BlockStream, "run", "hand-over", None),
     (Gram, "add", "Hessians", _one_gram),
     (PairedGram, "add_pair", "Hessians", _one_gram),
     *((s, "add", "attention", lambda _, *args: _sum_work(*args)) for s in (AttentionStatistics, GaussNewtonStatistics)),
+    (MeasuredStatistics, "add", "attention", None),
     *((s, "losses", "attention", None) for s in (AttentionStatistics, GaussNewtonStatistics)),
 )
 
@@ -383,7 +386,7 @@ _SOLVING = (
     (aespa, "tune_scales", "tuning", None),
 )
 TOKEN_PHASES = ("embed", "forward", "Hessians", "attention", "hand-over")  # grow with the tokens
-PHASES = (*TOKEN_PHASES, "target", "grid", "GPTQ", "descent", "Adam", "tuning", "other")
+PHASES = (*TOKEN_PHASES, "survey", "target", "grid", "GPTQ", "descent", "Adam", "tuning", "other")
 
 # %% ../nbs/31_cost.ipynb #0c5058b1
 @contextlib.contextmanager
@@ -393,12 +396,11 @@ def metering(model: PreTrainedModel, meter: Meter) -> Iterator[None]:
     def after(module, args, out):
         meter.add(linear_work(out.numel() // out.shape[-1], module))
 
-    def attended(module, args, out):
-        seqs, tok, _ = out[0].shape
-        meter.add(attention_work(seqs, tok, n_heads, d_head, out[0].element_size()))
+    def attended(module, Q, K, V, A):
+        seqs, n_heads, d_head, tok = Q.shape
+        meter.add(attention_work(seqs, tok, n_heads, d_head, Q.element_size()))
 
-    (n_heads, _, d_head), family = attention_shape(model), family_of(model)
-    blocks = model.get_submodule(family.blocks)
+    blocks = nn.ModuleList(b for path in stacks_of(model) for b in model.get_submodule(path))
     with contextlib.ExitStack() as stack:
         for linear in (m for m in blocks.modules() if isinstance(m, nn.Linear)):
             stack.callback(linear.register_forward_hook(after).remove)
@@ -406,8 +408,7 @@ def metering(model: PreTrainedModel, meter: Meter) -> Iterator[None]:
             if hasattr(owner, name):
                 f = _wrapped(meter, getattr(owner, name), phase, work)
                 stack.enter_context(mock.patch.object(owner, name, f))
-        for block in blocks:
-            stack.callback(block.get_submodule(family.attention).register_forward_hook(attended).remove)
+        stack.enter_context(listening(attended))
         yield
 
 # %% ../nbs/31_cost.ipynb #6397992b
@@ -445,7 +446,7 @@ def bench(
     device = torch.device(config.device or model.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise AespaError("no CUDA device here: leave --device out, or use cpu")
-    machine, blocks = measure_machine(device, config.dtype), len(model.get_submodule(family_of(model).blocks))
+    machine, blocks = measure_machine(device, config.dtype), sum(len(model.get_submodule(p)) for p in stacks_of(model))
     _warm_up(config)
     meter = Meter(clock or functools.partial(_clock, device))
     with metering(model, meter):

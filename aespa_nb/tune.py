@@ -18,9 +18,10 @@ from .grid import Grid
 from .notation import AespaError, NumericalError
 
 # %% ../nbs/13c_tune.ipynb #ff4284c0
-def _relative_error(block, parameters, x, y, kwargs, size=None):
+def _relative_error(block, parameters, x, y, call, size=None):
     "The squared error of `block`'s output with other `parameters`, relative to `size` (None: that of `y`)."
-    out = functional_call(block, parameters, (x,), kwargs)
+    args, kwargs = call  # what the block is called with beside `x`
+    out = functional_call(block, parameters, (x, *args), kwargs)
     out = out[0] if isinstance(out, tuple) else out
     return (out - y).pow(2).sum() / (y.pow(2).sum() if size is None else size)
 
@@ -64,13 +65,15 @@ class Scales:
         return linears | {n: (w * self.factors[n]).to(w.dtype) for n, w in self.norms.items()}
 
 # %% ../nbs/13c_tune.ipynb #3989d065
-def _step(block, scales, adam, batch, together, kwargs):
-    "One step of Adam on a batch `(x, y)`; returns the loss before it. Raises `NumericalError` if that is NaN or Inf."
+def _step(block, scales, adam, stream, target, batch):
+    "One step of Adam on some sequences; returns the loss before it. Raises `NumericalError` if that is NaN or Inf."
     adam.zero_grad()
-    size, total = batch[1].pow(2).sum(), 0
-    for x, y in zip(*(t.split(together) for t in batch)):
+    part = lambda t, seqs: t[seqs].to(stream.device, stream.dtype)
+    size, total = part(target, batch).pow(2).sum(), 0
+    for seqs in batch.split(stream.batch_size):
+        x, y, call = part(stream.hidden, seqs), part(target, seqs), stream.arguments(seqs)
         with torch.enable_grad():
-            loss = _relative_error(block, scales.parameters(), x, y, kwargs, size)
+            loss = _relative_error(block, scales.parameters(), x, y, call, size)
             loss.backward(inputs=list(scales.factors.values()))
         total += loss.detach()
     if not torch.isfinite(total):
@@ -108,8 +111,7 @@ def tune_scales(
     for i in range(iterations):
         adam.param_groups[0]["lr"] = lr * (1 - i / iterations)
         batch = torch.randperm(len(target), generator=generator)[:batch_size]
-        batch = [t[batch].to(stream.device, stream.dtype) for t in (stream.hidden, target)]
-        losses.append(_step(block, scales, adam, batch, stream.batch_size, stream.kwargs))
+        losses.append(_step(block, scales, adam, stream, target, batch))
     for name, value in scales.parameters().items():
         block.get_parameter(name).copy_(value)
     return {n: replace(g, step=g.step * scales.factors[n].detach().to(g.step)) for n, g in grids.items()}, losses

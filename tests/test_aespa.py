@@ -131,7 +131,7 @@ def test_losses_of_a_layer_are_its_output_error():
     block = model.model.decoder.layers[0]
     seen = []
     with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, TOKENS)) as stream:
-        losses, _ = block_losses(model, block, stream)
+        losses = block_losses(model, block, stream).losses
         hook = block.fc2.register_forward_pre_hook(lambda m, a: seen.append(a[0].flatten(0, -2)))
         stream.run(block)
         hook.remove()

@@ -35,7 +35,7 @@ from aespa_nb.bench import (
     value_work,
 )
 from aespa_nb.attention import attention_output, repeat_kv
-from aespa_nb.capture import BlockStream, capturing, listening, rotation_of
+from aespa_nb.capture import BlockStream, capturing, listening
 from aespa_nb.cli import main
 from aespa_nb.descent import descend
 from aespa_nb.gaussnewton import GaussNewtonStatistics
@@ -43,6 +43,7 @@ from aespa_nb.gptq import gptq
 from aespa_nb.grid import minmax_grid
 from aespa_nb.gridfit import fit_grid
 from aespa_nb.hessian import Gram
+from aespa_nb.losses import survey
 from torch.utils.flop_counter import FlopCounterMode
 
 IN_PLACE = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
@@ -79,8 +80,8 @@ def test_forward_flops_are_those_of_pytorch(shape, seqs, tok):
 @pytest.mark.parametrize("stride, coarse", [(1, 1), (8, 2), (4, 4)])
 def test_statistics_flops(stride, coarse):
     model = shape_model("tiny", 1, 64)
-    with contextlib.closing(BlockStream(model, random_tokens(model, 1, 64))) as stream:
-        rotation = rotation_of(stream)
+    with capturing(model), contextlib.closing(BlockStream(model, random_tokens(model, 1, 64))) as stream:
+        rotation = survey(model, model.model.layers[0], stream).attentions[0].roles["q"].rotation
     X, Q = torch.randn(2, 64, 64), torch.randn(2, 4, 16, 64)
     A = torch.rand(2, 4, 64, 64).tril()
     stats = GaussNewtonStatistics(4, 2, 16, 64, rotation, stride=stride, coarse=coarse)

@@ -13,7 +13,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from aespa_nb.capture import BlockStream, family_of
+from aespa_nb.capture import BlockStream, stacks_of
+from aespa_nb.families import linears_of
 from aespa_nb.grid import minmax_grid
 from aespa_nb.notation import AespaError, NumericalError
 from aespa_nb.tune import Scales, norm_weights, tune_scales
@@ -36,13 +37,12 @@ class Case:
     def __init__(self, kind, bits=2, group_size=None, dtype=torch.float32):
         torch.manual_seed(0)
         model = KINDS[kind]().eval().to(dtype)
-        self.family, self.stream = family_of(model), BlockStream(model, TOKENS, dtype=dtype)
-        self.block = model.get_submodule(self.family.blocks)[0]
+        self.stream, self.block = BlockStream(model, TOKENS, dtype=dtype), model.get_submodule(stacks_of(model)[0])[0]
         with torch.no_grad():
             for p in self.block.parameters():  # random blocks add little to the stream: make them speak
                 p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
             self.target = self._output()
-            self.grids = {n: self._round(n, bits, group_size) for n in self.family.linears}
+            self.grids = {n: self._round(n, bits, group_size) for n in linears_of(self.block)}
 
     def _round(self, name, bits, group_size):
         W = self.block.get_submodule(name).weight
@@ -52,7 +52,8 @@ class Case:
 
     @torch.no_grad()
     def _output(self):
-        out = self.block(self.stream.hidden, **self.stream.kwargs)
+        args, kwargs = self.stream.arguments(slice(None))
+        out = self.block(self.stream.hidden, *args, **kwargs)
         return (out[0] if isinstance(out, tuple) else out).clone()
 
     def error(self):
@@ -172,7 +173,7 @@ def test_a_scale_that_is_wrong_is_found(case):
 
 def test_units_do_not_matter(case):
     plain, scaled = case("llama"), case("llama")
-    names = plain.family.q, plain.family.k, plain.family.v
+    names = [f"self_attn.{role}_proj" for role in "qkv"]
     with torch.no_grad():
         scaled.block.input_layernorm.weight *= 64
         for n in names:

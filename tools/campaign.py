@@ -95,7 +95,7 @@ def layer_losses(reference, seed: int = 0):
     tokens = reference.calib[torch.randperm(len(reference.calib), generator=torch.Generator().manual_seed(seed))][:32]
     with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, tokens, 1)) as stream:
         for i, block in enumerate(model.model.layers):
-            losses, _ = block_losses(model, block, stream, config.objective)
+            losses = block_losses(model, block, stream, config.objective).losses
             for name, loss in losses.items():
                 yield f"{i}.{name}", block.get_submodule(name).weight, loss.damped(config.damping)
             stream.run(block, keep=True)
