@@ -289,7 +289,8 @@ def _tell(module, Q, K, V, A):
     "Calls the listeners whom it concerns."
     for to, listener in list(_listeners):
         if to is None or any(to is m for m in (module, *_running)):
-            listener(module, Q, K, V, A)
+            with torch._C.DisableTorchFunction():  # a `Watch` shall not see what listeners compute
+                listener(module, Q, K, V, A)
 
 # %% ../nbs/12_models.ipynb #c12listen
 @contextlib.contextmanager

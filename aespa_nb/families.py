@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['weight_of', 'linears_of', 'Role', 'AttentionMap', 'BlockMap', 'map_block']
 
-# %% ../nbs/12a_families.ipynb #778944aa
-from collections.abc import Callable
-from dataclasses import dataclass, field
+# %% ../nbs/12a_families.ipynb #866b7e3b
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -52,61 +53,24 @@ class Ran(NamedTuple):
 
     name: str
     x: Tensor
-    y: Tensor
+    y: Tensor  # a leaf
 
 
-class Heard(NamedTuple):
-    "Attention was heard."
-
-    module: nn.Module | None  # None: outside the registry
-    Q: Tensor
-    K: Tensor
-    V: Tensor
-    A: object
-
-
-@dataclass
-class Trace:
-    "What happened in a block."
-
-    events: list = field(default_factory=list)  # `Ran` and `Heard`, in order
-    sums: list = field(default_factory=list)  # (a, b, a + b)
-    reads: list = field(default_factory=list)  # (module's name, its input)
-
-# %% ../nbs/12a_families.ipynb #e5f83cd3
-def _trace(block: nn.Module, run: Callable) -> Trace:
-    "`run()` with gradients, written down."
-    trace, hooks = Trace(), []
-    ran = lambda name, x, y: trace.events.append(Ran(name, x, y))
-    for name, module in block.named_modules():
-        if isinstance(module, LINEARS):
-            hooks.append(module.register_forward_hook(lambda m, args, y, name=name: ran(name, args[0], y)))
-        read = lambda m, args, name=name: trace.reads.extend((name, x) for x in args[:1])
-        hooks += [module.register_forward_pre_hook(read)] if name else []
-    watch = Watch(_slices(block), ran, lambda *sum: trace.sums.append(sum))
-    try:
-        with torch.enable_grad(), listening(lambda *heard: trace.events.append(Heard(*heard)), to=block), watch:
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return trace
-
-# %% ../nbs/12a_families.ipynb #62ef24d6
 def _random(shape, like):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 def _gradients(T, ys, z=None):
     "Of `(T * z).sum()`, z random unless given, with respect to each of `ys`; None where there is none."
-    if not T.requires_grad:
+    if not (T.requires_grad and ys):
         return [None] * len(ys)
     return torch.autograd.grad(T, ys, _random(T.shape, T) if z is None else z, retain_graph=True, allow_unused=True)
 
 
-def _maker(T: Tensor, before: list[Ran]) -> Ran | None:
+def _maker(T: Tensor, ran: list[Ran]) -> Ran | None:
     "The last linear on the way to `T`."
-    on_the_way = [e for e, g in zip(before, _gradients(T, [e.y for e in before])) if g is not None and g.any()]
+    ran = [e for e in ran if e.y.requires_grad]  # not experts
+    on_the_way = [e for e, g in zip(ran, _gradients(T, [e.y for e in ran])) if g is not None and g.any()]
     return on_the_way[-1] if on_the_way else None
 
 # %% ../nbs/12a_families.ipynb #2f1c1443
@@ -123,15 +87,16 @@ def _rows(T: Float[Tensor, "one heads d tok"], y: Tensor) -> Int[Tensor, "heads 
     even = len({len(r) for r in rows}) == 1 and T.shape[1] % len(rows) == 0
     return torch.stack(rows).cpu() if even else None
 
-# %% ../nbs/12a_families.ipynb #fbf4e60c
-def _jacobian(T, y, rows) -> Float[Tensor, "tok d rows"]:
-    "`d T[0, 0, :, m] / d y[m, rows]` for every position m."
-    J = []
-    for i in range(T.shape[-2]):
-        z = torch.zeros_like(T)
+# %% ../nbs/12a_families.ipynb #dbe9f73f
+def _cos_sin(T, y, rows) -> tuple[Float[Tensor, "d tok"], Float[Tensor, "d tok"]]:
+    "If the first head is turned by halves, by what: entries (i, i) and (i, i + d/2) of its Jacobian."
+    d, z, entries = T.shape[-2], torch.zeros_like(T), []
+    for i in range(d):
         z[0, 0, i] = 1
-        J.append(_gradients(T, [y], z)[0].reshape(-1, y.shape[-1])[:, rows])
-    return torch.stack(J, 1)
+        row = _gradients(T, [y], z)[0].reshape(-1, y.shape[-1])[:, rows]
+        entries.append((row[:, i], row[:, (i + d // 2) % d] * (-1 if i < d // 2 else 1)))
+        z[0, 0, i] = 0
+    return tuple(torch.stack(e) for e in zip(*entries))
 
 
 def _close(a, b) -> bool:
@@ -140,18 +105,16 @@ def _close(a, b) -> bool:
 # %% ../nbs/12a_families.ipynb #8ade4ee7
 def _position(T, y, rows) -> tuple[str, Rotations | None, float]:
     "What turns `y` into `T`: (kind, rotations, constant factor)."
-    d, Y = T.shape[-2], y.detach().reshape(1, -1, y.shape[-1])[..., rows].permute(0, 2, 3, 1)
+    d = T.shape[-2]
     if rows.shape[1] != d:
         return "measured", None, 1.0
-    J, T = _jacobian(T, y, rows[0]).detach(), T.detach()[:, :: T.shape[1] // len(rows)]
-    i = torch.arange(d)
-    cos = J[:, i, i].T
+    cos, sin = _cos_sin(T, y, rows[0])
+    Y, T = y.detach().reshape(1, -1, y.shape[-1])[..., rows].permute(0, 2, 3, 1), T.detach()
+    T = T[:, :: T.shape[1] // len(rows)]  # heads that share their rows come repeated
     if _close(Y * cos.mean(), T):
         return "none", None, float(cos.mean())
-    if d % 2 == 0:
-        sin = J[:, i, i.roll(d // 2)].T * torch.where(i < d // 2, -1, 1)[:, None].to(J)
-        if _close(rotate(Y, cos, sin), T):
-            return "rotation", Rotations(cos.contiguous(), sin.contiguous()), 1.0
+    if d % 2 == 0 and _close(rotate(Y, cos, sin), T):
+        return "rotation", Rotations(cos, sin), 1.0
     return "measured", None, 1.0
 
 # %% ../nbs/12a_families.ipynb #a8bfdc9d
@@ -177,10 +140,10 @@ class AttentionMap:
     registered: bool  # heard through the registry of transformers; else by a `Watch`
     notes: tuple[str, ...]  # what was not found, and other deviations
 
-# %% ../nbs/12a_families.ipynb #46da33b4
-def _role(role: str, T: Tensor, before: list[Ran]) -> Role | str:
+# %% ../nbs/12a_families.ipynb #fe7f3717
+def _role(role: str, T: Tensor, ran: list[Ran]) -> Role | str:
     "The role's place, or why it has none."
-    maker = _maker(T, before)
+    maker = _maker(T, ran)
     if maker is None:
         return f"{role} comes from no linear of this block"
     if maker.y.numel() != maker.y.shape[-1] * T.shape[-1]:
@@ -193,32 +156,74 @@ def _role(role: str, T: Tensor, before: list[Ran]) -> Role | str:
         return f"v is not the output of {maker.name} itself"
     return Role(maker.name, rows, *position)
 
-# %% ../nbs/12a_families.ipynb #6788598f
-def _reader(heard: Heard, after: list[Ran]) -> str | None:
-    "The linear that reads the heads' outputs."
-    V, n_heads = repeat_kv(heard.V, heard.Q.shape[1]), heard.Q.shape[1]
-    out = torch.stack([attention_output(heard.A[:, h], V[:, h]) for h in range(n_heads)], 1)
-    out = out.flatten(-3, -2).transpose(-1, -2).detach()
-    same = lambda x: x.numel() == out.numel() and _close(x.detach().reshape(out.shape), out)
-    return next((e.name for e in after if same(e.x)), None)
+# %% ../nbs/12a_families.ipynb #c3be3773
+def _merged(Q, V, A) -> Float[Tensor, "one tok out"]:
+    "The heads' outputs side by side, as an output projection reads them."
+    V = repeat_kv(V, Q.shape[1])
+    out = torch.stack([attention_output(A[:, h], V[:, h]) for h in range(Q.shape[1])], 1)
+    return out.flatten(-3, -2).transpose(-1, -2)
 
 
-def _attention_map(events: list, at: int) -> AttentionMap:
-    "What attention call number `at` of the events is made of."
-    heard, ran = events[at], lambda part: [e for e in part if isinstance(e, Ran)]
-    found = {role: _role(role, T, ran(events[:at])) for role, T in zip("qkv", heard[1:4])}
+def _attention_map(ran: list[Ran], module, Q, K, V, A) -> AttentionMap:
+    "What an attention call is made of; `o` is not known yet."
+    found = {role: _role(role, T, ran) for role, T in zip("qkv", (Q, K, V))}
     notes = [f for f in found.values() if isinstance(f, str)]
-    o = _reader(heard, ran(events[at + 1 :]))
-    notes += [] if o else ["no linear reads the attention output itself"]
-    notes += ["the soft cap's slope is taken as 1"] if getattr(heard.A, "softcap", None) else []
-    scaling = getattr(heard.A, "scaling", None) or heard.Q.shape[-2] ** -0.5
+    notes += ["the soft cap's slope is taken as 1"] if getattr(A, "softcap", None) else []
+    scaling = getattr(A, "scaling", None) or Q.shape[-2] ** -0.5
     roles = {role: f for role, f in found.items() if isinstance(f, Role)}
-    return AttentionMap(roles, o, heard.Q.shape[1], scaling, heard.module is not None, tuple(notes))
+    return AttentionMap(roles, None, Q.shape[1], scaling, module is not None, tuple(notes))
 
-# %% ../nbs/12a_families.ipynb #a8959d09
-def _groups(block: nn.Module, events: list, tok: int, attentions) -> tuple[list, frozenset[str], list[str]]:
+# %% ../nbs/12a_families.ipynb #d68c7dc6
+class _Trace:
+    "What happens in a block, as it happens."
+
+    def __init__(self):
+        self.ran, self.order, self.attentions, self.outputs = [], [], [], {}
+        self.reads, self.makers, self.readers = [], {}, {}
+
+    def linear(self, name, x, y):
+        for i, out in list(self.outputs.items()):  # of attention calls whose reader is not known yet
+            if x.numel() == out.numel() and _close(x.detach().reshape(out.shape), out):
+                self.attentions[i] = replace(self.attentions[i], o=name)
+                del self.outputs[i]
+        self.order.append(name)
+        torch.set_grad_enabled(True)
+        leaf = y.detach().requires_grad_()
+        self.ran.append(Ran(name, x, leaf))
+        passed = leaf.clone()  # a model may change its linears' outputs in place
+        self.makers[id(passed)] = name, passed
+        return passed
+
+# %% ../nbs/12a_families.ipynb #be8cbacc
+class _Tracing(_Trace):
+    "The rest of what is noted."
+
+    def expert(self, name, x, y):
+        self.order.append(name)
+        self.ran.append(Ran(name, x, y.detach()))
+
+    def attention(self, module, Q, K, V, A):
+        self.attentions.append(_attention_map(self.ran, module, Q, K, V, A))
+        torch.set_grad_enabled(False)
+        self.outputs[len(self.attentions) - 1] = _merged(Q, V, A)
+        self.order.append("")
+
+    def added(self, a, b, total):
+        for y, stream in ((a, b), (b, a)):
+            name, _ = self.makers.get(id(y), (None, None))
+            if name is None:
+                continue
+            if id(stream) in self.makers:  # two outputs are added first
+                self.makers[id(total)] = name, total
+            reader = next((reader for reader, x in self.reads if x is stream), None)
+            if reader is not None:
+                self.readers[name] = reader
+            break
+
+# %% ../nbs/12a_families.ipynb #061b4e18
+def _groups(block: nn.Module, ran: list[Ran], tok: int, attentions) -> tuple[list, frozenset[str], list[str]]:
     "Groups of linears in the order in which they ran; linears that don't see all tokens; linears that never ran."
-    ran, groups = [e for e in events if isinstance(e, Ran)], {}
+    groups = {}
     for e in ran:
         groups.setdefault(id(e.x), []).append(e.name)
     serving = {role.linear for a in attentions for role in a.roles.values()}
@@ -238,22 +243,26 @@ def _with_siblings(groups, routed, stacks, idle):
         routed, idle = routed | set(more), [n for n in idle if n not in more]
     return groups, frozenset(routed), idle
 
-# %% ../nbs/12a_families.ipynb #ec0a700d
-def _stream_readers(trace: Trace) -> dict[str, str]:
-    "For each linear whose output is added to the residual stream, a module that has read that stream."
-    makers = {id(e.y): e.name for e in trace.events if isinstance(e, Ran)}
-    readers = {}
-    for a, b, total in trace.sums:
-        for y, stream in ((a, b), (b, a)):
-            if id(y) not in makers:
-                continue
-            if id(stream) in makers:  # two outputs are added first
-                makers[id(total)] = makers[id(y)]
-            reader = next((name for name, x in trace.reads if x is stream), None)
-            if reader is not None:
-                readers[makers[id(y)]] = reader
-            break
-    return readers
+# %% ../nbs/12a_families.ipynb #dbd0094c
+@contextlib.contextmanager
+def _tracing(block: nn.Module) -> Iterator[_Tracing]:
+    "Everything that runs in `block` is written down."
+    trace, hooks = _Tracing(), []
+    for name, module in block.named_modules():
+        if name:
+            read = lambda m, args, name=name: trace.reads.extend((name, x) for x in args[:1])
+            hooks.append(module.register_forward_pre_hook(read))
+        if isinstance(module, LINEARS):
+            ran = lambda m, args, y, name=name: trace.linear(name, args[0], y)
+            hooks.append(module.register_forward_hook(ran))
+    grad = torch.is_grad_enabled()
+    try:
+        with listening(trace.attention, to=block), Watch(_slices(block), trace.expert, trace.added):
+            yield trace
+    finally:
+        torch.set_grad_enabled(grad)
+        for hook in hooks:
+            hook.remove()
 
 # %% ../nbs/12a_families.ipynb #f6a3d64b
 @dataclass(frozen=True)
@@ -271,18 +280,23 @@ class BlockMap:
 # %% ../nbs/12a_families.ipynb #51ecb88b
 def map_block(
     block: nn.Module,
-    run: Callable,  # runs the block on one sequence (of a `capturing` model), from inputs that require gradients
+    run: Callable,  # runs the block on one sequence (of a `capturing` model)
     tok: int,  # tokens of that sequence
 ) -> BlockMap:
-    "Finds linears, roles and positions of a block. Raises `NumericalError` on NaN, `UnsupportedModelError` if no linear runs."
-    trace = _trace(block, run)
-    if not all(e.x.isfinite().all() for e in trace.events if isinstance(e, Ran)):
+    "Finds linears, roles and positions. Raises `NumericalError` on NaN, `UnsupportedModelError` if no linear runs."
+    with _tracing(block) as trace:
+        run()
+    if not all(e.x.isfinite().all() for e in trace.ran):
         raise NumericalError("NaN or Inf in the activations: check the model's dtype and the calibration tokens")
-    calls = [i for i, e in enumerate(trace.events) if isinstance(e, Heard)]
-    attentions = tuple(_attention_map(trace.events, i) for i in calls)
-    groups, routed, idle = _groups(block, trace.events, tok, attentions)
+    groups, routed, idle = _groups(block, trace.ran, tok, trace.attentions)
     if not groups:
         raise UnsupportedModelError(f"no linear was heard in {type(block).__name__}: nothing to quantize")
-    order = tuple(e.name if isinstance(e, Ran) else "" for e in trace.events)
-    watched = bool(_slices(block)) or not all(a.registered for a in attentions)
-    return BlockMap(tuple(groups), attentions, _stream_readers(trace), routed, tuple(idle), order, watched)
+    watched = bool(_slices(block)) or not all(a.registered for a in trace.attentions)
+    attentions, order = tuple(_noted(a) for a in trace.attentions), tuple(trace.order)
+    return BlockMap(tuple(groups), attentions, trace.readers, routed, tuple(idle), order, watched)
+
+
+def _noted(attention: AttentionMap) -> AttentionMap:
+    "With a note where no linear reads the heads' outputs as they are."
+    missing = () if attention.o else ("no linear reads the attention output itself",)
+    return replace(attention, notes=attention.notes + missing)

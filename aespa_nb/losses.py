@@ -36,8 +36,7 @@ def survey(
 ) -> BlockMap:
     "The map of `block`. Raises `UnsupportedModelError` if its attention is not what we hear."
     hidden, (args, kwargs) = stream.hidden[:1].to(stream.device), stream.arguments(slice(0, 1))
-    run = lambda: block(hidden.clone().requires_grad_(), *args, **kwargs)
-    found = map_block(block, run, hidden.shape[1])
+    found = map_block(block, lambda: block(hidden, *args, **kwargs), hidden.shape[1])
     if any(a.registered for a in found.attentions):
         first = lambda out: out[0] if isinstance(out, tuple) else out
         ours, before = first(block(hidden, *args, **kwargs)), model.config._attn_implementation
@@ -207,7 +206,7 @@ def _leaves(block: nn.Module, linears: set[str]) -> Iterator[dict[str, Tensor]]:
     def plant(name, y):
         torch.set_grad_enabled(True)
         leaves[name] = y.detach().requires_grad_()
-        return leaves[name]
+        return leaves[name].clone()  # a model may change it in place
 
     for name in linears:
         hook = lambda module, args, y, name=name: plant(name, y)
@@ -255,6 +254,7 @@ def _one_pass(block, stream, grams, found, collectors, counted, full, last) -> _
         for _ in _beside(full, ear.beside, stop, last, steps) if full else steps:
             ear.seen.clear(), ear.aims.clear(), calls.leaves.clear()
             calls.number = 0
+    ear.grams.clear(), ear.listeners.clear()  # they refer to each other: nothing shall wait for the garbage collector
     return calls
 
 # %% ../nbs/12c_losses.ipynb #d986b62f
