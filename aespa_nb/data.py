@@ -131,8 +131,8 @@ def read_text(
         return _read_split(CORPORA[source], evaluation)
     place, *rest = [source] if Path(source).expanduser().exists() else source.split(":")
     path = Path(place).expanduser()
-    if len(rest) > 2 - path.is_file():
-        raise AespaError(f"{source!r} has too many colons: name:split:column, or file:column")
+    if len(rest) > (int(path.suffix in _TABLES) if path.is_file() else 2):
+        raise AespaError(f"{source!r} has too many colons: name:split:column, file.jsonl:column, or a text file alone")
     if path.is_file():
         return _read_file(path, *rest, evaluation=evaluation)
     return _read_split(_corpus(place, *rest), evaluation)
@@ -179,7 +179,7 @@ def _corpus(place: str, split: str = "", column: str = "text") -> Corpus:
         return Corpus(str(Path(place).expanduser()), options, column=column, **splits)
     hub = _HUB.fullmatch(place)
     if not hub or place.startswith((".", "/", "~")) or Path(place).suffix in {".txt", ".md", *_TABLES}:
-        raise AespaError(f"no text at {place!r}: give a text file, org/name of a data set, or one of {', '.join(CORPORA)}")
+        raise AespaError(f"no text at {place!r}: give a file, org/name on the hub, or one of {', '.join(CORPORA)}")
     if hub[2]:
         options["name"] = hub[2]
     return Corpus(hub[1], options, column=column, documents=(20_000, None), **splits)
@@ -191,7 +191,8 @@ def _read_split(corpus: Corpus, evaluation: bool = False, name: str = "") -> Tex
     splits = _fetch(name, lambda: _load_dataset(corpus))
     split = next((s for s in wanted if s in splits), None)
     if split is None:
-        raise AespaError(f"{name} has no split {' or '.join(wanted)}, but {', '.join(splits)}: write {name}:SPLIT:COLUMN")
+        wanted, there = " or ".join(wanted), ", ".join(splits)
+        raise AespaError(f"{name} has no split {wanted}, but {there}: write {name}:SPLIT:COLUMN")
     rows = _fetch(name, lambda: list(islice(splits[split], corpus.documents[evaluation])))
     documents = [r.get(corpus.column) for r in rows]
     if not documents or not all(isinstance(d, str) for d in documents):
@@ -229,7 +230,8 @@ class Origin(NamedTuple):
 
     def __str__(self) -> str:
         size = f"{self.windows} x {self.seqlen} tokens, {self.order}, of {self.available:,}"
-        return f"{size}, from {self.source} ({self.place}, {self.split})"
+        where = f" ({self.place})" if self.place not in self.source else ""
+        return f"{size}, from {self.source}{where}, {self.split}"
 
 
 class Windows(NamedTuple):

@@ -68,10 +68,11 @@ def _sums(model, reference, batch, new) -> Tensor:
     parts += [x.to(parts[0].device) for x in (coming, scored, new)]
     total = torch.zeros(3, dtype=torch.float64)
     for *logits, token, s, n in zip(*(x.flatten(0, 1).split(512) for x in parts)):
-        q, p = [x.float().log_softmax(-1) for x in (logits[0], logits[-1])]
+        q, *others = (x.float().log_softmax(-1) for x in logits)
         total[0] -= q.gather(-1, token[:, None])[s].double().sum().cpu()
-        total[1] += (p.exp() * (p - q)).sum(-1)[n].double().sum().cpu()
-        total[2] += (p.argmax(-1) == q.argmax(-1))[n].sum().cpu()
+        for p in others:
+            total[1] += (p.exp() * (p - q)).sum(-1)[n].double().sum().cpu()
+            total[2] += (p.argmax(-1) == q.argmax(-1))[n].sum().cpu()
     return total
 
 # %% ../nbs/13b_evaluate.ipynb #c13btrack
