@@ -325,8 +325,9 @@ def _measure(args, model, tokenizer, reference) -> None:
     seqlen = _seqlen(args, model, tokenizer, source)
     heldout, origin = evaluation_windows(source, tokenizer, seqlen, args.eval_samples, args.stride)
     scores = evaluate_model(model, heldout, reference, stride=args.stride, progress=not args.quiet)
-    scored = "" if args.stride in (None, seqlen) else f"; after the first, the last {args.stride} tokens of each are scored"
-    print(f"{origin}{scored}\nperplexity {scores.perplexity:.3f}")
+    print(f"{origin}\nperplexity {scores.perplexity:.3f}")
+    if args.stride:
+        print(f"after the first window, only the last {args.stride} tokens of each are scored")
     if reference is not None:
         print(f"KL to {args.reference} {scores.kl:.4f} nats per token, top-1 agreement {scores.top1:.1%}")
 

@@ -40,7 +40,7 @@ def run_tasks(
     "Runs lm-evaluation-harness on a model in memory. Raises `AespaError` if it is not installed or a task is unknown."
     lm_eval, HFLM, TaskManager = _harness()
     names, folders = _find_tasks(tasks)
-    manager = TaskManager(include_path=folders or None)
+    manager = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(tasks))
     for name in names:
         if not manager.match_tasks([name]):
             raise AespaError(f"lm-evaluation-harness knows no task {name!r}: `lm_eval ls tasks` lists them")

@@ -158,10 +158,11 @@ def test_shared_text_is_the_share_of_runs_found(seed, run, letters):
 def test_shared_text_is_said(tmp_path):
     tokenizer = load_reference().tokenizer
     (tmp_path / "same.txt").write_text("A tensor is an array that knows its shape. " * 300)
-    calib, heldout = (f(str(tmp_path / "same.txt"), tokenizer, seqlen=64) for f in (calibration_windows, evaluation_windows))
+    both, file = (calibration_windows, evaluation_windows), str(tmp_path / "same.txt")
+    calib, heldout = (f(file, tokenizer, seqlen=64) for f in both)
     assert "100% of the evaluation text" in shared_warning(calib, heldout)
     assert "last tenth" in str(heldout.origin) and heldout.origin.available > heldout.tokens.numel() - 64
-    calib, heldout = (f("reference", tokenizer, seqlen=256) for f in (calibration_windows, evaluation_windows))
+    calib, heldout = (f("reference", tokenizer, seqlen=256) for f in both)
     assert shared_warning(calib, heldout) is None
     same = heldout._replace(origin=calib.origin)
     assert "the same text" in shared_warning(calib, same)

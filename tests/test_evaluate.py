@@ -174,7 +174,7 @@ def test_task_files_and_results(task, tmp_path):
     for name, message in {"empty.yaml": "names no task", "none.yaml": "no task file"}.items():
         with pytest.raises(AespaError, match=message):
             _find_tasks([str(tmp_path / name)])
-    row = {"alias": "a", "sample_len": 9, "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,none": 1, "f1_stderr,none": "N/A"}
+    row = {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,none": 1, "f1_stderr,none": "N/A"}
     found = {"results": {"a": row}, "n-samples": {"a": {"original": 9, "effective": 4}}}
     assert _task_scores(found) == [TaskScore("a", "acc", 0.5, 0.1, 4), TaskScore("a", "f1", 1.0, None, 4)]
     assert str(_task_scores(found)[0]) == "a: acc 0.5000 ± 0.1000 (4 examples)"
