@@ -331,7 +331,7 @@ def _measure(args, model, tokenizer, reference) -> None:
     if reference is not None:
         print(f"KL to {args.reference} {scores.kl:.4f} nats per token, top-1 agreement {scores.top1:.1%}")
 
-
+# %% ../nbs/41_cli.ipynb #c41demo0
 def _demo(args) -> None:
     "`aespa_nb demo`"
     check_free(args.out)
@@ -471,7 +471,7 @@ def _add_eval(commands) -> None:
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     p.set_defaults(run=_eval)
 
-
+# %% ../nbs/41_cli.ipynb #c41pars0
 def _parser() -> argparse.ArgumentParser:
     "The whole command line."
     text = "Attention-aware post-training quantization of Transformers to 2-8 bits."
