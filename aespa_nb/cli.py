@@ -38,10 +38,11 @@ from transformers.utils import logging as transformers_logging
 
 from .aespa import PRESETS, AespaConfig, QuantReport, quantize_model, report_json
 from .bench import bench, bench_summary, random_tokens, shape_config, shape_model
-from .data import calibration_tokens, evaluation_tokens, load_reference
+from .data import calibration_windows, evaluation_windows, load_reference, shared_warning
 from .evaluate import evaluate_model
 from .notation import AespaError
 from .plots import plot_comparison, plot_layers, use_style
+from .tasks import run_tasks
 
 # %% ../nbs/41_cli.ipynb #10ca543f
 def load_model(
@@ -223,26 +224,38 @@ def write_results(
 
 # %% ../nbs/41_cli.ipynb #98fd3e4e
 def _tokens(args, model, tokenizer) -> tuple[Tensor, Tensor]:
-    "Calibration and evaluation tokens as the options ask."
-    longest = getattr(model.config, "max_position_embeddings", 2048)
-    seqlen = args.seqlen or min(longest, 2048)
-    if seqlen > longest:
-        raise AespaError(f"--seqlen {seqlen} exceeds the model's {longest} tokens")
-    sources = (args.calibration, args.evaluation or args.calibration)
-    if tokenizer is None:
-        raise AespaError(
-            "the model folder has no tokenizer: save one beside it, or call quantize_model with tokens of your own"
-        )
-    if "reference" in sources and len(tokenizer) != len(load_reference().tokenizer):
-        raise AespaError("the bundled tokens fit the bundled model only: name a text file or corpus with --calibration")
-    calib = calibration_tokens(sources[0], tokenizer, args.samples, seqlen, args.seed)
-    return calib, evaluation_tokens(sources[1], tokenizer, seqlen, args.eval_samples)
+    "Calibration and evaluation tokens as the options ask; says where they are from, here and in the results."
+    source = args.evaluation or args.calibration
+    seqlen = _seqlen(args, model, tokenizer, args.calibration, source)
+    calib = calibration_windows(args.calibration, tokenizer, args.samples, seqlen, args.seed)
+    heldout = evaluation_windows(source, tokenizer, seqlen, args.eval_samples)
+    args.text = {"calibration": str(calib.origin), "evaluation": str(heldout.origin)}
+    args.text["warning"] = shared_warning(calib, heldout)
+    print(f"calibration: {calib.origin}\nevaluation: {heldout.origin}")
+    if args.text["warning"]:
+        print(f"aespa_nb: warning: {args.text['warning']}", file=sys.stderr)
+    return calib.tokens, heldout.tokens
 
 
 def _config(args, preset, bits) -> AespaConfig:
     "The preset with the options that were given."
     given = {k: getattr(args, k) for k in ("group_size", "symmetric", "iterations", "device", "seed")}
     return AespaConfig.preset(preset, bits, **{k: v for k, v in given.items() if v is not None})
+
+# %% ../nbs/41_cli.ipynb #c41seqln
+def _seqlen(args, model, tokenizer, *sources) -> int:
+    "Tokens in a window. Raises `AespaError` if the model or its tokenizer cannot take the sources."
+    longest = getattr(model.config, "max_position_embeddings", 2048)
+    seqlen = args.seqlen or min(longest, 2048)
+    if seqlen > longest:
+        raise AespaError(f"--seqlen {seqlen} exceeds the model's {longest} tokens")
+    if tokenizer is None:
+        raise AespaError(
+            "the model folder has no tokenizer: save one beside it, or call quantize_model with tokens of your own"
+        )
+    if "reference" in sources and len(tokenizer) != len(load_reference().tokenizer):
+        raise AespaError("the bundled tokens fit the bundled model only: name a text file or corpus with --calibration")
+    return seqlen
 
 # %% ../nbs/41_cli.ipynb #8d1120a7
 def _run_presets(args, model, tokenizer, keep=None) -> None:
@@ -299,15 +312,26 @@ def _quantize(args) -> None:
 def _eval(args) -> None:
     "`aespa_nb eval`"
     model, tokenizer = load_model(args.model)
-    reference = load_model(args.reference)[0] if args.reference else None
-    args.calibration, args.evaluation, args.samples = args.data, args.data, 1
-    _, heldout = _tokens(args, model, tokenizer)
-    scores = evaluate_model(model, heldout, reference)
-    print(f"{len(heldout)} windows of {heldout.shape[1]} tokens: perplexity {scores.perplexity:.3f}")
+    if args.tasks:
+        for score in run_tasks(model, tokenizer, args.tasks, args.limit, args.shots):
+            print(score)
+    if args.data or args.reference or not args.tasks:
+        reference = load_model(args.reference)[0] if args.reference else None
+        _measure(args, model, tokenizer, reference)
+
+
+def _measure(args, model, tokenizer, reference) -> None:
+    source = args.data or "reference"
+    seqlen = _seqlen(args, model, tokenizer, source)
+    heldout, origin = evaluation_windows(source, tokenizer, seqlen, args.eval_samples, args.stride)
+    scores = evaluate_model(model, heldout, reference, stride=args.stride, progress=not args.quiet)
+    print(f"{origin}\nperplexity {scores.perplexity:.3f}")
+    if args.stride:
+        print(f"after the first window, only the last {args.stride} tokens of each are scored")
     if reference is not None:
         print(f"KL to {args.reference} {scores.kl:.4f} nats per token, top-1 agreement {scores.top1:.1%}")
 
-
+# %% ../nbs/41_cli.ipynb #c41demo0
 def _demo(args) -> None:
     "`aespa_nb demo`"
     check_free(args.out)
@@ -351,14 +375,16 @@ def show_text(
         text = tokenizer.decode(m.generate(**ids, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True)
         print(f"{name:10s} {' '.join(text.split())}")
 
+# %% ../nbs/41_cli.ipynb #c41text0
+_TEXT = (
+    "wikitext2, c4, ptb, reference (bundled), org/name[/config][:split[:column]] on the Hugging Face hub, a folder, "
+    "or a .txt, .md, .jsonl, .json or .parquet file[:column]"
+)
+
 # %% ../nbs/41_cli.ipynb #5f35458a
 def _add_shared(p, out: str | None = None) -> None:
     "Options of every command that quantizes."
-    p.add_argument(
-        "--calibration",
-        default="reference",
-        help="text that calibrates: wikitext2, c4, ptb, a text file, or reference (default: %(default)s)",
-    )
+    p.add_argument("--calibration", default="reference", help=f"text that calibrates: {_TEXT} (default: %(default)s)")
     p.add_argument("--evaluation", help="text that measures; its evaluation split is used (default: as --calibration)")
     p.add_argument("--samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
     p.add_argument("--seqlen", type=int, help="tokens in a sequence (default: the model's length, at most 2048)")
@@ -431,16 +457,21 @@ def _add_bench(commands) -> None:
 # %% ../nbs/41_cli.ipynb #c11parse
 def _add_eval(commands) -> None:
     "`eval`: measure a model."
-    text = "Measure a model on held-out text."
+    text = "Measure a model on held-out text, in windows without overlap unless --stride is given, or on tasks."
     p = commands.add_parser("eval", help="perplexity of a model, KL to another", description=text)
     p.add_argument("model", help=_MODEL)
     p.add_argument("--reference", help="the full-precision model to measure KL against")
-    p.add_argument("--data", default="reference", help="wikitext2, c4, ptb, a text file, or reference (default)")
+    p.add_argument("--data", help=f"text that measures: {_TEXT} (default: reference)")
     p.add_argument("--seqlen", type=int, help="tokens in a window (default: the model's length, at most 2048)")
+    p.add_argument("--stride", type=int, help="start a window every so many tokens and score new tokens only")
     p.add_argument("--eval-samples", type=int, help="windows (default: all)")
-    p.set_defaults(run=_eval, seed=0)
+    p.add_argument("--tasks", nargs="+", help="tasks of lm-evaluation-harness: names or YAML files")
+    p.add_argument("--limit", type=int, help="examples of each task (default: all)")
+    p.add_argument("--shots", type=int, help="solved examples in the prompt (default: as the task says)")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    p.set_defaults(run=_eval)
 
-
+# %% ../nbs/41_cli.ipynb #c41pars0
 def _parser() -> argparse.ArgumentParser:
     "The whole command line."
     text = "Attention-aware post-training quantization of Transformers to 2-8 bits."
