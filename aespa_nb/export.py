@@ -263,19 +263,19 @@ _CONFIG = {"compressed-tensors": _config_compressed, "gptq": _config_gptq}
 FORMATS = ("compressed-tensors", "gptq", "dense")
 
 
-def check_format(form: str) -> None:
-    "Raises `AespaError` for a format that doesn't exist."
+def check_format(form: str, bits: int = 8) -> None:
+    "Raises `AespaError` for a format that doesn't exist or doesn't have these bits."
     if form not in FORMATS:
         raise AespaError(f"unknown format {form!r}: choose one of {', '.join(FORMATS)}")
+    if form == "gptq" and bits not in (2, 3, 4, 8):
+        raise AespaError(f"gptq has no {bits}-bit codes, only 2, 3, 4 and 8: export as compressed-tensors")
 
 # %% ../nbs/15_export.ipynb #93711d6e
 def _check_layer(name: str, r: LayerResult, form: str) -> None:
     "Raises `AespaError` if packing would damage the layer."
-    zero, bits = r.grid.zero, r.grid.bits
-    if zero.min() < 0 or zero.max() > r.grid.max_code:
-        raise AespaError(f"{name} has a zero-point that is no code: export as dense")
-    if form == "gptq" and bits not in (2, 3, 4, 8):
-        raise AespaError(f"gptq has no {bits}-bit codes, only 2, 3, 4 and 8: export as compressed-tensors")
+    check_format(form, r.grid.bits)
+    if r.grid.zero.min() < 0 or r.grid.zero.max() > r.grid.max_code:
+        raise AespaError(f"{name} has a zero-point that is no code: round it on another grid")
     if form == "gptq" and any(n % 32 for n in r.weight.shape):
         raise AespaError(f"gptq packs multiples of 32, and {name} is {tuple(r.weight.shape)}: use compressed-tensors")
 
