@@ -95,11 +95,12 @@ def check_free(target: str | Path) -> Path:
     return target
 
 # %% ../nbs/41_cli.ipynb #24a67b43
-def _stored_dtype(source: str) -> torch.dtype:
-    "The type in which a checkpoint stores its weights."
+def _file_dtype(source: str, bits: int) -> torch.dtype:
+    "The type in which a checkpoint stores its weights; float32 where bfloat16 would not tell 8-bit codes apart."
     folder = files("aespa_nb") / "reference" if source == "reference" else source
     dtype = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    fits = isinstance(dtype, torch.dtype) and (dtype != torch.bfloat16 or bits < 8)
+    return dtype if fits else torch.float32
 
 
 def _save(folder: Path, model, report, tokenizer, args, rows: list[dict]) -> Exported:
@@ -108,7 +109,7 @@ def _save(folder: Path, model, report, tokenizer, args, rows: list[dict]) -> Exp
     facts = {"base model": args.model, "calibration": seen, "evaluation": args.evaluation or args.calibration}
     facts |= {"perplexity, full model": rows[0]["perplexity"], "perplexity": rows[-1]["perplexity"]}
     facts |= {"KL to the full model, nats per token": rows[-1]["kl"], "top-1 agreement": rows[-1]["top1"]}
-    options = dict(tokenizer=tokenizer, facts=facts, dtype=_stored_dtype(args.model))
+    options = dict(tokenizer=tokenizer, facts=facts, dtype=_file_dtype(args.model, report.config.bits))
     try:
         return export_model(model, report, folder, args.format, **options)
     except AespaError as e:
@@ -261,7 +262,7 @@ def _run_presets(args, model, tokenizer, keep=None) -> None:
     names = [(p, b) for b in args.bits for p in args.presets]
     runs = [_config(args, *n) for n in names]
     with complete_folder(args.out) as out:
-        options = dict(progress=not args.quiet, dtype=_stored_dtype(args.model))
+        options = dict(progress=not args.quiet, dtype=_file_dtype(args.model, max(args.bits)))
         for row, rounded, report in compare_presets(model, calib, heldout, runs, [p for p, _ in names], **options):
             console.print(
                 f"  {row['method']:9s} {row['bits']:2d} bits  perplexity {row['perplexity']:8.2f}  KL {row['kl']:.4f}"
@@ -293,7 +294,7 @@ def _quantize(args) -> None:
     calib, heldout = _tokens(args, model, tokenizer)
     config = _config(args, args.preset, args.bits)
     with complete_folder(args.out) as out:
-        options = dict(progress=not args.quiet, dtype=_stored_dtype(args.model))
+        options = dict(progress=not args.quiet, dtype=_file_dtype(args.model, args.bits))
         full, last = compare_presets(model, calib, heldout, [config], [args.preset], **options)
         rows, (_, rounded, report) = [full[0], last[0]], last
         done = _save(out, rounded, report, tokenizer, args, rows)
@@ -334,8 +335,10 @@ def _compare(args) -> None:
 # %% ../nbs/41_cli.ipynb #c41expo
 def _size(done: Exported) -> str:
     "What was packed, in words."
-    words = f"{done.format}: the linears take {done.ratio:.3f} of their size in float16" if done.weights else "dense weights"
-    return words + (f"; {len(done.dense)} layers stay dense" if done.dense and done.weights else "") + "; "
+    if not done.weights:
+        return "dense weights; "
+    dense = f"; {len(done.dense)} layers stay dense" if done.dense else ""
+    return f"{done.format}: the linears take {done.ratio:.3f} of their size in float16{dense}; "
 
 
 def _export(args) -> None:

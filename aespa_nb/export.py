@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -42,6 +42,20 @@ def _number(bits: Tensor) -> Tensor:
     "The numbers that have these bits along the last axis, lowest first."
     return (bits << torch.arange(bits.shape[-1])).sum(-1)
 
+# %% ../nbs/15_export.ipynb #3b294249
+def _to_words(codes: Tensor, bits: int) -> Tensor:
+    "The codes of a few rows as words."
+    stream = _bits(codes.long(), bits).flatten(-2)
+    stream = nn.functional.pad(stream, (0, -stream.shape[-1] % 32))
+    words = _number(stream.unflatten(-1, (-1, 32)))
+    return (words - ((words >> 31) << 32)).to(torch.int32)
+
+
+def _to_codes(words: Tensor, bits: int, inp: int) -> Tensor:
+    "And back."
+    stream = _bits(words.long(), 32).flatten(-2)[:, : inp * bits]
+    return _number(stream.unflatten(-1, (inp, bits))).to(torch.uint8)
+
 # %% ../nbs/15_export.ipynb #8757cd06
 def pack(
     codes: Int[Tensor, "rows inp"],  # 0 to 2**bits - 1
@@ -49,10 +63,7 @@ def pack(
 ) -> Int[Tensor, "rows words"]:  # int32; ceil(inp * bits / 32) words
     "Each row's codes as one string of bits, lowest first, cut into words of 32."
     check_bits(bits)
-    stream = _bits(codes.long(), bits).flatten(-2)
-    stream = nn.functional.pad(stream, (0, -stream.shape[-1] % 32))
-    words = _number(stream.unflatten(-1, (-1, 32)))
-    return (words - ((words >> 31) << 32)).to(torch.int32)
+    return torch.cat([_to_words(rows, bits) for rows in codes.split(128)])
 
 # %% ../nbs/15_export.ipynb #2eee0bf9
 def unpack(
@@ -62,8 +73,7 @@ def unpack(
 ) -> Int[Tensor, "rows inp"]:
     "The codes that `pack` was given."
     check_bits(bits)
-    stream = _bits(words.long(), 32).flatten(-2)[:, : inp * bits]
-    return _number(stream.unflatten(-1, (inp, bits))).to(torch.uint8)
+    return torch.cat([_to_codes(rows, bits, inp) for rows in words.split(128)])
 
 # %% ../nbs/15_export.ipynb #99711958
 @torch.no_grad()
@@ -73,16 +83,28 @@ def _rewrite(r: LayerResult, grid: Grid, zeta: Tensor, dtype: torch.dtype | None
     r.weight.copy_((values * zeta.to(values.dtype)).to(dtype or r.weight.dtype))
     return replace(r, grid=grid, zeta=zeta)
 
+# %% ../nbs/15_export.ipynb #4d75ba87
+def _check_dtype(report: QuantReport, dtype: torch.dtype) -> None:
+    "Raises `AespaError` if weights of this type do not tell the codes apart."
+    for name, r in report.layers.items():
+        if r.grid.bits > 7 and torch.bfloat16 in (dtype, r.weight.dtype):
+            raise AespaError(f"bfloat16 does not tell the 8-bit codes of {name} apart: load and export as float32")
+
 # %% ../nbs/15_export.ipynb #d2b5919c
 def _snap_step(step: Tensor, dtype: torch.dtype) -> Tensor:
     "The nearest numbers that `dtype` has, in the type of `step`; none becomes 0."
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     return step.clamp(min=least).to(dtype).to(step.dtype)
 
-# %% ../nbs/15_export.ipynb #138de7b0
+# %% ../nbs/15_export.ipynb #8b413f0e
 @torch.no_grad()
-def snap_model(model: PreTrainedModel, report: QuantReport, dtype: torch.dtype) -> float:  # largest relative change of a step
-    "Rounds every parameter and step to a number that `dtype` has, in place; codes stay."
+def snap_model(
+    model: PreTrainedModel,
+    report: QuantReport,
+    dtype: torch.dtype,  # of a checkpoint
+) -> float:  # the largest relative change of a step
+    "Rounds every parameter and step to a number that `dtype` has, in place. Raises `AespaError` if codes would change."
+    _check_dtype(report, dtype)
     change, linears = 0.0, {id(r.weight) for r in report.layers.values()}
     for p in model.parameters():
         if id(p) not in linears:
@@ -162,7 +184,7 @@ def _new_norms(model, plan) -> dict[str, nn.Module]:
 
 # %% ../nbs/15_export.ipynb #cb7d2354
 def fold_zeta(model: PreTrainedModel, report: QuantReport) -> None:
-    "Moves every zeta into the layer before, in place. Raises `AespaError`, and changes nothing, where that is impossible."
+    "Moves every zeta into the layer before, in place. Where that is impossible: raises `AespaError`, changes nothing."
     plan = _zeta_to_fold(model, report)
     norms = _new_norms(model, plan)
     for source, names, zeta in plan:
@@ -212,7 +234,7 @@ def _read_gptq(t: dict[str, Tensor], bits: int) -> tuple[Tensor, Grid]:
 
 # %% ../nbs/15_export.ipynb #78c63893
 def _kinds(layers: dict[str, LayerResult]) -> dict[tuple[int, int | None], list[str]]:
-    "The layers of each kind, the most frequent first: bits, and inputs that share a step (None: all layers' whole rows)."
+    "The layers of each kind, most frequent first: bits, and inputs that share a step (None: every layer's whole rows)."
     rows = all(r.grid.step.shape[1] == 1 for r in layers.values())
     kinds = {}
     for name, r in layers.items():
@@ -364,7 +386,7 @@ def _save_report(folder: Path, report: QuantReport, done: Exported, facts: dict)
 # %% ../nbs/15_export.ipynb #74eea19d
 _LOADING = {
     "dense": "These are ordinary weights: whatever loads the base model loads them.",
-    "gptq": "`transformers` loads this folder if `gptqmodel` is installed.",
+    "gptq": "`transformers` loads this folder if `gptqmodel` and `optimum` are installed.",
     "compressed-tensors": "`transformers` loads this folder if `compressed-tensors` is installed.",
 }
 
@@ -421,6 +443,7 @@ def _card(kind: str, report: QuantReport, done: Exported, facts: dict) -> str:
 def _prepare(model, report, form, dtype) -> tuple[dict[str, LayerResult], dict | None, float]:
     "Folds and snaps; the layers to pack, the config, and the largest change of a step."
     check_format(form)
+    _check_dtype(report, dtype)
     layers, config = {}, None
     if form != "dense":
         layers = _packable(model, report, form)
@@ -490,7 +513,7 @@ def _codes(folder: Path, state: dict[str, Tensor], bits: dict[str, int]) -> dict
             step, zero, zeta, W_int = (f.get_tensor(f"{name}.{k}") for k in ("step", "zero", "zeta", "W_int"))
             found[name] = grid, zeta = Grid(b, step, zero.to(step.dtype)), zeta
             if not torch.equal(LayerResult(grid, zeta, state[f"{name}.weight"], 0.0, 0.0, 0.0).W_int, W_int):
-                raise AespaError(f"{folder}: weight and codes of {name} disagree, the files were changed: quantize again")
+                raise AespaError(f"{folder}: weight and codes of {name} disagree, so files were changed: quantize again")
     return found
 
 # %% ../nbs/15_export.ipynb #fec0dbb7
@@ -499,7 +522,7 @@ def _saved(folder: Path) -> dict:
     path = folder / "quantization.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
     if "export" not in saved:
-        raise AespaError(f"{folder} was not written by `aespa_nb quantize` or `export`: it has no quantization.json of theirs")
+        raise AespaError(f"{folder} has no quantization.json: name a folder that quantize or export has written")
     return saved
 
 # %% ../nbs/15_export.ipynb #b25145e2
