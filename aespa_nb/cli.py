@@ -274,18 +274,17 @@ def _run_presets(args, model, tokenizer, keep=None) -> None:
                 _save(out / "checkpoint", rounded, report, tokenizer, args, rows)
         write_results(out, f"aespa_nb: {args.model}", rows, _run(args, runs), figures)
     console.print(results_table(rows))
-    console.print(
-        f"written to {args.out}: report.html, comparison.svg, results.json" + (", checkpoint/" if keep else "")
-    )
+    more = ", checkpoint/" if keep else ""
+    console.print(f"written to {args.out}: report.html, comparison.svg, results.json{more}")
 
-# %% ../nbs/41_cli.ipynb #0fcb9391
+# %% ../nbs/41_cli.ipynb #c41runs
 def _run(args, runs) -> dict:
     "How the numbers came about: options, the fields that differ from the defaults, machine."
     options = {k: v for k, v in vars(args).items() if k not in ("command", "run") and not callable(v)}
     changed = [{f.name: str(getattr(c, f.name)) for f in fields(c) if getattr(c, f.name) != f.default} for c in runs]
     return {"options": options, "configurations": changed, "machine": _machine()}
 
-
+# %% ../nbs/41_cli.ipynb #0fcb9391
 def _quantize(args) -> None:
     "`aespa_nb quantize`"
     check_free(args.out)
@@ -441,15 +440,6 @@ def _add_quantize(commands) -> None:
     p.set_defaults(run=_quantize)
 
 
-def _add_export(commands) -> None:
-    "`export`: another format."
-    text = "Write a rounded model in another format, from its codes; nothing is computed again."
-    p = commands.add_parser("export", help="write a rounded model in another format", description=text)
-    p.add_argument("folder", help="a folder that `quantize` or `export` has written")
-    _add_format(p)
-    p.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
-    p.set_defaults(run=_export)
-
 
 def _add_compare(commands) -> None:
     "`compare`: several presets and bit-widths on one model."
@@ -459,6 +449,16 @@ def _add_compare(commands) -> None:
     _add_many(p)
     _add_shared(p)
     p.set_defaults(run=_compare)
+
+# %% ../nbs/41_cli.ipynb #c41adde
+def _add_export(commands) -> None:
+    "`export`: another format."
+    text = "Write a rounded model in another format, from its codes; nothing is computed again."
+    p = commands.add_parser("export", help="write a rounded model in another format", description=text)
+    p.add_argument("folder", help="a folder that `quantize` or `export` has written")
+    _add_format(p)
+    p.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
+    p.set_defaults(run=_export)
 
 # %% ../nbs/41_cli.ipynb #c41badd
 def _add_bench(commands) -> None:

@@ -513,7 +513,7 @@ def _codes(folder: Path, state: dict[str, Tensor], bits: dict[str, int]) -> dict
             step, zero, zeta, W_int = (f.get_tensor(f"{name}.{k}") for k in ("step", "zero", "zeta", "W_int"))
             found[name] = grid, zeta = Grid(b, step, zero.to(step.dtype)), zeta
             if not torch.equal(LayerResult(grid, zeta, state[f"{name}.weight"], 0.0, 0.0, 0.0).W_int, W_int):
-                raise AespaError(f"{folder}: weight and codes of {name} disagree, so files were changed: quantize again")
+                raise AespaError(f"{folder}: weight and codes of {name} disagree, a file is damaged: quantize again")
     return found
 
 # %% ../nbs/15_export.ipynb #fec0dbb7
