@@ -105,9 +105,9 @@ def snap_model(
 ) -> float:  # the largest relative change of a step
     "Rounds every parameter and step to a number that `dtype` has, in place. Raises `AespaError` if codes would change."
     _check_dtype(report, dtype)
-    change, linears = 0.0, {id(r.weight) for r in report.layers.values()}
-    for p in model.parameters():
-        if id(p) not in linears:
+    change = 0.0
+    for name, p in model.named_parameters():
+        if name.removesuffix(".weight") not in report.layers:
             p.copy_(p.to(dtype))
     for name, r in report.layers.items():
         step = _snap_step(r.grid.step, dtype)
@@ -504,17 +504,22 @@ def _unpacked(state: dict[str, Tensor], form: str, bits: dict[str, int], dtype) 
         found[name] = grid, torch.ones(codes.shape[1])
     return found
 
-# %% ../nbs/15_export.ipynb #2c53839f
-def _codes(folder: Path, state: dict[str, Tensor], bits: dict[str, int]) -> dict[str, tuple[Grid, Tensor]]:
-    "Grid and zeta of each layer of a dense folder. Raises `AespaError` if its weights are not those of the codes."
-    found = {}
+# %% ../nbs/15_export.ipynb #7e9be92e
+def _stored(folder: Path, bits: dict[str, int]) -> tuple[dict[str, tuple[Grid, Tensor]], dict[str, Tensor]]:
+    "Grid and zeta of each layer of a dense folder; and the codes."
+    found, codes = {}, {}
     with safe_open(folder / "quantization.safetensors", "pt") as f:
         for name, b in bits.items():
-            step, zero, zeta, W_int = (f.get_tensor(f"{name}.{k}") for k in ("step", "zero", "zeta", "W_int"))
-            found[name] = grid, zeta = Grid(b, step, zero.to(step.dtype)), zeta
-            if not torch.equal(LayerResult(grid, zeta, state[f"{name}.weight"], 0.0, 0.0, 0.0).W_int, W_int):
-                raise AespaError(f"{folder}: weight and codes of {name} disagree, a file is damaged: quantize again")
-    return found
+            step, zero, zeta, codes[name] = (f.get_tensor(f"{name}.{k}") for k in ("step", "zero", "zeta", "W_int"))
+            found[name] = Grid(b, step, zero.to(step.dtype)), zeta
+    return found, codes
+
+
+def _check_codes(folder: Path, report: QuantReport, codes: dict[str, Tensor]) -> None:
+    "Raises `AespaError` if weights are not those of the codes."
+    for name, W_int in codes.items():
+        if not torch.equal(report.layers[name].W_int, W_int):
+            raise AespaError(f"{folder}: weight and codes of {name} disagree, a file is damaged: quantize again")
 
 # %% ../nbs/15_export.ipynb #fec0dbb7
 def _saved(folder: Path) -> dict:
@@ -552,9 +557,11 @@ def read_quantized(folder: str | os.PathLike) -> Quantized:
     saved, state = _saved(folder), _tensors(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     form, bits = saved["export"]["format"], saved["export"]["bits"]
-    grids = _codes(folder, state, bits) if form == "dense" else _unpacked(state, form, bits, config.dtype)
+    grids, codes = _stored(folder, bits) if form == "dense" else (_unpacked(state, form, bits, config.dtype), {})
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kind = getattr(transformers, config.architectures[0])
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype).eval()
-    return Quantized(model, _report(saved, model, grids), saved["export"]["facts"])
+    report = _report(saved, model, grids)
+    _check_codes(folder, report, codes)
+    return Quantized(model, report, saved["export"]["facts"])
