@@ -30,7 +30,8 @@ def local_model(tmp_path_factory):
 def test_quantize_writes_a_checkpoint_that_stock_transformers_loads(local_model, tmp_path, capsys):
     out = tmp_path / "out"
     text = str(local_model / "text.txt")
-    assert main(["quantize", str(local_model), "--bits", "3", "--calibration", text, *SHORT, "--out", str(out)]) == 0
+    words = ["--bits", "3", "--calibration", text, "--format", "dense", *SHORT]
+    assert main(["quantize", str(local_model), *words, "--out", str(out)]) == 0
     assert "perplexity" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(out)
     stored = load_file(out / "quantization.safetensors")

@@ -1,0 +1,400 @@
+"""Checkpoints in packed formats: what is stored, that stock tools load it, and what is refused."""
+
+import copy
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from aespa_nb.aespa import AespaConfig, LayerResult, QuantReport, quantize_model
+from aespa_nb.cli import main
+from aespa_nb.data import load_reference
+from aespa_nb.families import weight_of
+from aespa_nb.export import check_format, export_model, fold_zeta, pack, read_quantized, snap_model, unpack
+from aespa_nb.grid import minmax_grid
+from aespa_nb.notation import AespaError
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+
+
+def small_model(kind, dtype=torch.float32):
+    "A LLaMA or OPT model of two narrow blocks, with norms, and biases if it has any, that are not trivial."
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = LlamaForCausalLM._from_config(LlamaConfig(**SMALL, intermediate_size=64), dtype=dtype)
+    else:
+        model = OPTForCausalLM._from_config(OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32), dtype=dtype)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p) if p.ndim == 1 else 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+def nearest(model, bits, group_size=None, symmetric=False):
+    "A report of round-to-nearest for the linears in the blocks; bits may be a function of the name."
+    report = QuantReport(AespaConfig.preset("rtn", group_size=group_size, symmetric=symmetric))
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("Linear", "Conv1D") and "lm_head" not in name:
+            weight = weight_of(model, name).detach()
+            grid = minmax_grid(weight.float(), bits(name) if callable(bits) else bits, group_size, symmetric)
+            weight.copy_(grid.round(weight.float()))
+            report.layers[name] = LayerResult(grid, torch.ones(weight.shape[1]), model, name, 1.0, 0.5, 0.0)
+    return report
+
+
+@torch.no_grad()
+def logits(model, tokens=None):
+    return model(torch.arange(1, 33).reshape(2, 16) if tokens is None else tokens).logits
+
+
+def reloaded(jobs, tmp_path):
+    "Largest difference of logits for each (folder, logits, tokens), from stock transformers in a new process."
+    for i, (_, expected, tokens) in enumerate(jobs):
+        save_file({"logits": expected.contiguous(), "tokens": tokens}, tmp_path / f"expected-{i}.safetensors")
+    code = (
+        "import sys, torch\nfrom safetensors.torch import load_file\nfrom transformers import AutoModelForCausalLM\n"
+        "for i, folder in enumerate(sys.argv[2:]):\n"
+        "    t = load_file(f'{sys.argv[1]}/expected-{i}.safetensors')\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()\n"
+        "    with torch.no_grad(): print(float((model(t['tokens']).logits - t['logits']).abs().max()))\n"
+        "assert 'aespa_nb' not in sys.modules\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path), *(str(folder) for folder, _, _ in jobs)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return [float(line) for line in done.stdout.split()]
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(bits=st.integers(2, 8), rows=st.integers(1, 5), inp=st.integers(1, 70), seed=st.integers(0, 99))
+def test_packing_is_the_layout_of_compressed_tensors(bits, rows, inp, seed):
+    codes = torch.randint(0, 2**bits, (rows, inp), generator=torch.manual_seed(seed), dtype=torch.uint8)
+    words, half = pack(codes, bits), 2 ** (bits - 1)
+    assert words.dtype == torch.int32 and words.shape == (rows, -(-inp * bits // 32))
+    assert torch.equal(words, pack_to_int32((codes.int() - half).to(torch.int8), bits))
+    assert torch.equal(unpack_from_int32(words, bits, codes.shape).int() + half, codes.int())
+    assert torch.equal(unpack(words, bits, inp), codes)
+
+
+def parsed(words, bits, n):
+    "The first `n` codes in a string of words, from one long integer."
+    string = sum((int(w) & 0xFFFFFFFF) << 32 * i for i, w in enumerate(words))
+    return [string >> bits * i & (2**bits - 1) for i in range(n)]
+
+
+def test_gptq_tensors_by_an_unpacking_of_their_own(tmp_path):
+    "Bit by bit in Python integers, as the format is described: nothing of ours is used."
+    for bits, group_size in itertools.product((2, 3, 4, 8), (None, 16)):
+        model = small_model("llama")
+        report = nearest(model, bits, group_size)
+        folder = tmp_path / f"{bits}-{group_size}"
+        export_model(model, report, folder, "gptq", dtype=torch.float16)
+        t, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.down_proj"
+        codes = torch.tensor([parsed(column, bits, 64) for column in t[f"{name}.qweight"].T])  # [out inp]
+        zeros = torch.tensor([parsed(row, bits, 32) for row in t[f"{name}.qzeros"]])  # [groups out]
+        index = t[f"{name}.g_idx"].long()
+        weight = t[f"{name}.scales"].float()[index] * (codes.T - zeros[index])
+        assert torch.equal(weight.T.half(), model.get_parameter(f"{name}.weight").half())
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert config["checkpoint_format"] == "gptq_v2"
+        assert (config["bits"], config["group_size"]) == (bits, group_size or -1)
+
+
+# --- the bundled model, loaded elsewhere ----------------------------------------------------------------------------
+
+CASES = list(itertools.product((2, 3, 4), (None, 64), (False, True)))
+LIMIT = {2: 0.14, 3: 0.21, 4: 0.27}
+
+
+def test_the_bundled_model_is_the_same_in_a_new_process(tmp_path):
+    full, tokenizer, calib, heldout = load_reference()
+    jobs, ratios = [], {}
+    for bits, group_size, symmetric in CASES:
+        model, folder = copy.deepcopy(full), tmp_path / f"{bits}-{group_size}-{symmetric}"
+        config = AespaConfig.preset("rtn", bits, group_size=group_size, symmetric=symmetric)
+        report = quantize_model(model, calib[:1, :32], config)
+        done = export_model(model, report, folder, tokenizer=tokenizer, dtype=torch.float16)
+        ratios[bits, group_size, symmetric] = done.ratio
+        jobs.append((folder, logits(model, heldout[:1]), heldout[:1]))
+    report = quantize_model(full, calib[:1, :32], AespaConfig.preset("rtn", 2))  # in its own 32 bits nothing is rounded
+    before = logits(full, heldout[:1])
+    done = export_model(full, report, tmp_path / "own")
+    assert done.step_change == 0 and done.dtype == torch.float32 and done.ratio <= LIMIT[2]
+    assert torch.equal(logits(full, heldout[:1]), before)
+    jobs.append((tmp_path / "own", before, heldout[:1]))
+    assert max(reloaded(jobs, tmp_path)) <= 1e-5
+    for (bits, group_size, symmetric), ratio in ratios.items():
+        tight = bits > 2 or group_size is None  # a step of 16 bits for 64 codes of 2 bits is an eighth more
+        assert ratio <= (LIMIT[bits] if tight else 0.143), (bits, group_size, symmetric, ratio)
+        assert ratio >= bits / 16
+
+
+def test_other_models_in_a_new_process(tmp_path):
+    "OPT with biases, 5 bits, shapes that fill no word, mixed bits, Z-Fold on both families, 16-bit models."
+    tokens, jobs = torch.arange(1, 33).reshape(2, 16), []
+
+    def add(name, model, report, **options):
+        done = export_model(model, report, tmp_path / name, **options)
+        jobs.append((tmp_path / name, logits(model.float(), tokens), tokens))
+        return done
+
+    opt = small_model("opt")
+    add("opt", opt, nearest(opt, 3))
+    five = small_model("llama")
+    add("five", five, nearest(five, 5, 16))
+    odd = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=44)).eval()
+    add("odd", odd, nearest(odd, 3))
+    mixed = small_model("llama")
+    add("mixed", mixed, nearest(mixed, lambda name: 4 if "down_proj" in name else 2, 16, symmetric=True))
+    config = json.loads((tmp_path / "mixed/config.json").read_text())["quantization_config"]
+    assert sorted(g["weights"]["num_bits"] for g in config["config_groups"].values()) == [2, 4]
+    for kind, group_size in (("llama", None), ("opt", 16)):
+        model = small_model(kind)
+        zfold = AespaConfig.preset("gptq", 3, zfold=True, group_size=group_size)
+        report = quantize_model(model, tokens, zfold)
+        assert any((r.zeta != 1).any() for r in report.layers.values())
+        before, size = logits(model, tokens), logits(model, tokens).abs().max()
+        add(f"zfold-{kind}-{group_size}", model, report)
+        assert (logits(model, tokens) - before).abs().max() < 1e-5 * max(1, size)
+    half = small_model("llama", torch.float16)
+    done = add("half", half, nearest(half, 4, 16))
+    assert done.dtype == torch.float16 and done.step_change > 0
+    assert max(reloaded(jobs, tmp_path)) <= 1e-5
+
+
+def test_bfloat16_steps_for_a_bfloat16_model(tmp_path):
+    model = small_model("llama", torch.bfloat16)
+    report = nearest(model, 7, 16)
+    codes = {n: r.W_int for n, r in report.layers.items()}
+    export_model(model, report, tmp_path / "out")
+    assert all(torch.equal(r.W_int, codes[n]) for n, r in report.layers.items())
+    name = "model.layers.0.mlp.up_proj"
+    assert load_file(tmp_path / "out/model.safetensors")[f"{name}.weight_scale"].dtype == torch.bfloat16
+    back = read_quantized(tmp_path / "out")
+    assert back.model.dtype == torch.bfloat16 and torch.equal(back.report.layers[name].W_int, codes[name])
+    assert torch.equal(logits(back.model), logits(model))
+
+
+# --- zeta -----------------------------------------------------------------------------------------------------------
+
+
+def with_zeta(report, *names):
+    for name in names:
+        r = report.layers[name]
+        zeta = torch.linspace(0.5, 2, r.weight.shape[1])
+        r.weight.data *= zeta
+        report.layers[name] = replace(r, zeta=zeta)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["model.layers.0.mlp.gate_proj"], "zetas differ"),
+        (["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"], "zetas differ"),
+    ],
+)
+def test_zeta_that_cannot_be_folded_is_refused_and_nothing_is_written(names, words, tmp_path):
+    model = small_model("llama")
+    report = nearest(model, 3)
+    with_zeta(report, *names)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(AespaError, match=words):
+        export_model(model, report, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    export_model(model, report, tmp_path / "dense", "dense")  # the way out that the message names
+
+
+def test_zeta_of_an_output_projection_with_shared_values_is_refused():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2)).eval()
+    report = nearest(model, 3)
+    with_zeta(report, "model.layers.0.self_attn.o_proj")
+    with pytest.raises(AespaError, match="no layer before model.layers.0.self_attn.o_proj"):
+        fold_zeta(model, report)
+
+
+def test_a_norm_that_stores_its_weight_minus_one(monkeypatch):
+    import aespa_nb.export as export
+
+    torch.manual_seed(0)
+    config = GemmaConfig(**SMALL, intermediate_size=64, head_dim=8, num_key_value_heads=4)
+    model = GemmaForCausalLM(config).eval()
+    report, source = nearest(model, 3), "post_attention_layernorm"
+    names = ("mlp.gate_proj", "mlp.up_proj")
+    with_zeta(report, *(f"model.layers.0.{n}" for n in names))
+    monkeypatch.setattr(export, "zeta_groups", lambda model: [(source, names)])
+    before = logits(model)
+    fold_zeta(model, report)
+    assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+# --- what is refused, what stays dense ------------------------------------------------------------------------------
+
+
+def test_conv1d_stays_dense_and_is_listed(tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=4)).eval()
+    report = nearest(model, 3)
+    with pytest.raises(AespaError, match="no layer of this model can be packed"):
+        export_model(model, report, tmp_path / "out")
+    model = small_model("llama")
+    report = nearest(model, 3)
+    report.layers["model.experts"] = report.layers.pop("model.layers.0.mlp.up_proj")
+    done = export_model(model, report, tmp_path / "some")
+    assert done.dense == ["model.experts"]
+    assert "rounded, but stored dense | model.experts" in (tmp_path / "some/README.md").read_text()
+    assert "model.layers.0.mlp.up_proj.weight" in load_file(tmp_path / "some/model.safetensors")
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(AespaError, match="unknown format"):
+        check_format("gguf")
+    model = small_model("llama")
+    with pytest.raises(AespaError, match="8-bit codes"):
+        export_model(model, nearest(model, 8), tmp_path / "out", dtype=torch.bfloat16)
+    for form, report, words in (
+        ("gptq", nearest(model, 5), "no 5-bit codes"),
+        ("compressed-tensors", nearest(model, lambda n: 4 if "up" in n else 2), "symmetric=True"),
+    ):
+        with pytest.raises(AespaError, match=words):
+            export_model(model, report, tmp_path / "out", form)
+    odd = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=44)).eval()
+    with pytest.raises(AespaError, match="multiples of 32"):
+        export_model(odd, nearest(odd, 3), tmp_path / "out", "gptq")
+    report = nearest(model, 3)
+    name, r = next(iter(report.layers.items()))
+    report.layers[name] = replace(r, grid=replace(r.grid, zero=r.grid.zero - 9))
+    with pytest.raises(AespaError, match="no code"):
+        export_model(model, report, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixed_bits_in_gptq_are_exceptions_in_its_config(tmp_path):
+    model = small_model("llama")
+    report = nearest(model, lambda n: 4 if "down" in n else 2)
+    export_model(model, report, tmp_path / "out", "gptq", dtype=torch.float16)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["bits"] == 2 and config["dynamic"] == {
+        f"+:^model[.]layers[.]{i}[.]mlp[.]down_proj$": {"bits": 4, "group_size": -1} for i in range(2)
+    }
+
+
+def test_steps_survive_even_where_float16_underflows():
+    model = small_model("llama")
+    report = nearest(model, 4)
+    name, r = next(iter(report.layers.items()))
+    report.layers[name] = replace(r, grid=replace(r.grid, step=torch.full_like(r.grid.step, 1e-12)))
+    snap_model(model, report, torch.float16)
+    assert (report.layers[name].grid.step > 0).all()
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "dense"])
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_every_format_is_read_back(form, kind, tmp_path):
+    model = small_model(kind)
+    report = nearest(model, 3, 16)
+    export_model(model, report, tmp_path / "out", form, facts={"perplexity": 5.25})
+    back = read_quantized(tmp_path / "out")
+    assert_close(logits(back.model), logits(model), rtol=0, atol=0)
+    assert back.facts == {"perplexity": 5.25} and back.report.layers.keys() == report.layers.keys()
+    for name, r in back.report.layers.items():
+        assert torch.equal(r.W_int, report.layers[name].W_int) and r.loss == 0.5
+
+
+def test_sharded_and_mixed_folders_are_read_back(tmp_path, monkeypatch):
+    model = small_model("llama")
+    report = nearest(model, lambda n: 4 if "up" in n else 2, 16, symmetric=True)
+    save = type(model).save_pretrained
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: save(*a, **k, max_shard_size="10KB"))
+    export_model(model, report, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    back = read_quantized(tmp_path / "out")
+    assert torch.equal(logits(back.model), logits(model)) and len(back.report.layers) == len(report.layers)
+
+
+def test_damaged_and_foreign_folders_are_refused(tmp_path):
+    model = small_model("llama")
+    model.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(AespaError, match="no quantization.json"):
+        read_quantized(tmp_path / "foreign")
+    export_model(model, nearest(model, 3), tmp_path / "out", "dense")
+    weights = load_file(tmp_path / "out/model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0] *= -1
+    save_file(weights, tmp_path / "out/model.safetensors", {"format": "pt"})
+    with pytest.raises(AespaError, match="disagree"):
+        read_quantized(tmp_path / "out")
+
+
+def test_tied_weights_are_stored_once_in_another_type(tmp_path):
+    model = small_model("opt")
+    done = export_model(model, nearest(model, 4), tmp_path / "out", dtype=torch.float16)
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert "lm_head.weight" not in stored and stored["model.decoder.embed_tokens.weight"].dtype == torch.float16
+    assert sum(t.nbytes for t in stored.values()) == sum(done.sizes.values())
+
+
+def test_the_card_says_what_was_done(tmp_path):
+    model = small_model("opt")
+    facts = {"base model": "facebook/opt-125m", "calibration": "wikitext2, 128 sequences", "perplexity": 27.65432}
+    export_model(model, nearest(model, 3, 16), tmp_path / "out", facts=facts)
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\nbase_model: facebook/opt-125m\n")
+    rows = ("| 27.65 |", "| group_size | 16 |", "| fc1 | 2 | 0.500 | 0.500 |")
+    for words in ("- 3-bit", "wikitext2, 128 sequences", *rows):
+        assert words in card
+    assert "OPTForCausalLM.from_pretrained" in card
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_command_line_round_trip(tmp_path, capsys):
+    packed, dense, again = (str(tmp_path / n) for n in ("packed", "dense", "again"))
+    words = "quantize reference --bits 3 --preset rtn --samples 1 --seqlen 32 --eval-samples 1 --quiet --out".split()
+    assert main([*words, packed]) == 0
+    assert "take 0.19" in capsys.readouterr().out
+    assert main(["export", packed, "--format", "dense", "--out", dense]) == 0
+    assert main(["export", dense, "--out", again]) == 0
+    first, second = (load_file(f"{folder}/model.safetensors") for folder in (packed, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert {f.name for f in (tmp_path / "again").iterdir()} >= {"README.md", "tokenizer.json", "generation_config.json"}
+    assert "reference, 1 sequences" in (tmp_path / "again/README.md").read_text()
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert "quantization.json" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_result_that_the_format_cannot_hold_is_not_lost(tmp_path, capsys):
+    words = "quantize reference --bits 5 --preset rtn --samples 1 --seqlen 32 --eval-samples 1 --quiet --out".split()
+    assert main([*words, str(tmp_path / "out"), "--format", "gptq"]) == 2  # known before the run
+    torch.manual_seed(0)
+    odd = LlamaConfig(**{**SMALL, "vocab_size": 4096}, intermediate_size=44)
+    LlamaForCausalLM(odd).save_pretrained(tmp_path / "odd")
+    load_reference().tokenizer.save_pretrained(tmp_path / "odd")
+    words[1:4] = [str(tmp_path / "odd"), "--bits", "4"]
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "out"), "--format", "gptq"]) == 0
+    assert "written as dense" in capsys.readouterr().err
+    assert len(read_quantized(tmp_path / "out").report.layers) == 14
