@@ -568,16 +568,7 @@ def quantize_model(
     return report
 
 # %% ../nbs/14_aespa.ipynb #8c8c94b5
-@contextlib.contextmanager
-def _working_on(block, device, dtype) -> Iterator[None]:
-    "`block` on `device` in `dtype`, and back where it was afterwards."
-    first = next(block.parameters())
-    home = first.device, first.dtype
-    block.to(device, dtype)
-    try:
-        yield
-    finally:
-        block.to(*home)
+from aespa_nb.loading import working_on
 
 
 def _quantize_blocks(model, blocks, tokens, device, report, bar) -> None:
@@ -589,7 +580,7 @@ def _quantize_blocks(model, blocks, tokens, device, report, bar) -> None:
         for s in streams:
             stack.callback(s.close)
         for i, block in enumerate(blocks):
-            with _working_on(block, device, config.dtype):
+            with working_on(block, device, config.dtype):
                 _visit_block(model, block, streams, report, lambda n, i=i: bar(f"block {i}: {n}"), f"{path}.{i}.")
 
 # %% ../nbs/14_aespa.ipynb #c14visit

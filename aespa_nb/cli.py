@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
@@ -40,32 +40,20 @@ from .aespa import PRESETS, AespaConfig, QuantReport, quantize_model, report_jso
 from .bench import bench, bench_summary, random_tokens, shape_config, shape_model
 from .data import calibration_tokens, evaluation_tokens, load_reference
 from .evaluate import evaluate_model
+from .loading import load_model as load_checkpoint
 from .notation import AespaError
 from .plots import plot_comparison, plot_layers, use_style
 
 # %% ../nbs/41_cli.ipynb #10ca543f
 def load_model(
     source: str,  # "reference", a folder, or a name on the Hugging Face hub
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,  # None: as stored; float32 for the reference model
+    trust_remote_code: bool = False,  # run code that comes with the checkpoint
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    "A causal language model and its tokenizer, or None; code that comes with a checkpoint is never run."
+    "A causal language model whose weights stay in their files, and its tokenizer if it has one."
     if source == "reference":
-        return load_reference(dtype)[:2]
-    local = Path(source).is_dir()
-    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise AespaError(f"no model folder at {source!r}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        ).eval()
-    except (OSError, ValueError) as e:
-        raise AespaError(
-            f"{source!r} could not be loaded as a causal language model: {str(e).strip().splitlines()[0]}"
-        ) from e
-    try:
-        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError):
-        return model, None
+        return load_reference(dtype or torch.float32)[:2]
+    return load_checkpoint(source, dtype, trust_remote_code)
 
 # %% ../nbs/41_cli.ipynb #275525db
 @contextlib.contextmanager
