@@ -33,6 +33,7 @@ class Resident(NamedTuple):
 
     private: int  # ours alone
     file: int  # copies of what a file holds
+    peak: int  # the highest sum of both so far
 
 
 def resident() -> Resident:
@@ -40,7 +41,7 @@ def resident() -> Resident:
     status = Path("/proc/self/status")
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
     count = lambda *names: sum(int(lines[name].split()[0]) << 10 for name in names if name in lines)
-    return Resident(count("RssAnon"), count("RssFile", "RssShmem"))
+    return Resident(count("RssAnon"), count("RssFile", "RssShmem"), count("VmHWM"))
 
 # %% ../nbs/12b_loading.ipynb #9f11ec9d
 def in_file(t: Tensor) -> bool:
@@ -85,40 +86,48 @@ def _trim() -> None:
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
+# %% ../nbs/12b_loading.ipynb #42a0224a
+def _enter(t: Tensor, device, dtype) -> tuple[torch.device, torch.dtype, bool]:
+    "Moves `t`, out of its file if it lies in one; tells where it was."
+    old, mapped = t.data, in_file(t)
+    t.data = old.to(device, dtype if t.is_floating_point() else old.dtype, copy=mapped)
+    if mapped:
+        _drop_pages(old)
+    return old.device, old.dtype, mapped
+
+
+def _leave(t: Tensor, device, dtype, mapped) -> None:
+    "Moves `t` back."
+    back = t.data.to(device, dtype)
+    t.data = to_file(back) if mapped else back
+
 # %% ../nbs/12b_loading.ipynb #0a2963fa
 @contextlib.contextmanager
 def working_on(block: nn.Module, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
     "`block` on `device`, floating numbers in `dtype`, then back as it was; mapped weights go back into files."
     tensors = [*block.parameters(), *block.buffers()]
-    homes = [(t.device, t.dtype, in_file(t)) for t in tensors]
-    for t, (_, own, mapped) in zip(tensors, homes):
-        old, t.data = t.data, t.data.to(device, dtype if t.is_floating_point() else own, copy=mapped)
-        if mapped:
-            _drop_pages(old)
-    del old
+    homes = [_enter(t, device, dtype) for t in tensors]
     try:
         yield
     finally:
-        for t, (device, own, mapped) in zip(tensors, homes):
-            back = t.data.to(device, own)
-            t.data = to_file(back) if mapped else back
-        del back
+        for t, home in zip(tensors, homes):
+            _leave(t, *home)
         _trim()
 
 # %% ../nbs/12b_loading.ipynb #55804069
 def _check_folder(folder: Path) -> None:
     "Raises `AespaError` unless `folder` has a configuration and all of its safetensors shards."
     if not (folder / "config.json").is_file():
-        raise AespaError(f"{folder} is not a model folder: it has no config.json")
+        raise AespaError(f"{folder} could not be loaded: it has no config.json, so it is not a model folder")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             count = f"{len(missing)} of {len(shards)} shards"
-            raise AespaError(f"{folder} is incomplete: {missing[0]} is missing ({count}); download it again")
+            raise AespaError(f"{folder} could not be loaded: {missing[0]} is missing ({count}); download it again")
     elif not any(folder.glob("*.safetensors")):
-        raise AespaError(f"{folder} has no .safetensors weights; convert others first: pickle files can run code")
+        raise AespaError(f"{folder} could not be loaded: it has no .safetensors weights; pickled ones can run code")
 
 # %% ../nbs/12b_loading.ipynb #70054039
 def _check_source(source: str) -> None:
@@ -153,16 +162,18 @@ def load_model(
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as e:
         raise AespaError(f"{source!r} could not be loaded: {_reason(e)}") from e
     if info["missing_keys"]:
-        raise AespaError(f"{source!r} lacks {min(info['missing_keys'])}: is it a checkpoint of another kind of model?")
+        lacking = min(info["missing_keys"])
+        raise AespaError(f"{source!r} could not be loaded: it lacks {lacking}; is it a model of another kind?")
     return model.eval(), _tokenizer(path, trust_remote_code)
 
 
 def _tokenizer(path, trust_remote_code):
-    "The tokenizer beside the weights, or None."
+    "The tokenizer beside the weights, or None; transformers makes an empty one up for some kinds of models."
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError):
         return None
+    return tokenizer if tokenizer.vocab_size else None
 
 # %% ../nbs/12b_loading.ipynb #b43e7ac6
 def _parts(state: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
