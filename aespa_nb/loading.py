@@ -11,8 +11,8 @@ import ctypes
 import itertools
 import json
 import mmap
+import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -69,13 +69,25 @@ def give_back(module: nn.Module) -> None:
         if in_file(t):
             _drop_pages(t)
 
+# %% ../nbs/12b_loading.ipynb #725d5776
+def _claim(path: str, size: int) -> None:
+    "Makes a file of `size` bytes. Raises `AespaError` if the disk is full."
+    try:
+        with open(path, "wb") as file:
+            getattr(os, "posix_fallocate", lambda fd, start, size: os.truncate(fd, size))(file.fileno(), 0, size)
+    except OSError as e:
+        disk = tempfile.gettempdir()
+        raise AespaError(f"no room for {size >> 20} MiB in {disk}: let TMPDIR name a folder on a larger disk") from e
+
 # %% ../nbs/12b_loading.ipynb #95564ef2
 def to_file(t: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     "A copy of `t` in a nameless file of the temporary folder (`TMPDIR`), not in memory."
     if not t.numel():
         return t
     with tempfile.TemporaryDirectory(prefix="aespa_nb-", ignore_cleanup_errors=True) as folder:
-        mapped = torch.from_file(f"{folder}/weight", shared=True, size=t.numel(), dtype=t.dtype).view(t.shape)
+        path = str(Path(folder) / "weight")
+        _claim(path, t.nbytes)
+        mapped = torch.from_file(path, shared=True, size=t.numel(), dtype=t.dtype).view(t.shape)
     mapped.copy_(t)
     _drop_pages(mapped)
     return mapped
@@ -146,6 +158,15 @@ def _reason(error: Exception) -> str:
         return f"a shard is damaged ({error}); download it again"
     return str(error).strip().split("\n")[0]
 
+# %% ../nbs/12b_loading.ipynb #009d84de
+def _tokenizer(path, trust_remote_code):
+    "The tokenizer beside the weights, or None; transformers makes an empty one up for some kinds of models."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError):
+        return None
+    return tokenizer if tokenizer.vocab_size else None
+
 # %% ../nbs/12b_loading.ipynb #4ec1076a
 def load_model(
     source: str,  # a folder, or a name on the Hugging Face hub
@@ -166,20 +187,11 @@ def load_model(
         raise AespaError(f"{source!r} could not be loaded: it lacks {lacking}; is it a model of another kind?")
     return model.eval(), _tokenizer(path, trust_remote_code)
 
-
-def _tokenizer(path, trust_remote_code):
-    "The tokenizer beside the weights, or None; transformers makes an empty one up for some kinds of models."
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError):
-        return None
-    return tokenizer if tokenizer.vocab_size else None
-
 # %% ../nbs/12b_loading.ipynb #b43e7ac6
 def _parts(state: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     "`state` cut between blocks into parts of about `size` bytes; what is in no block comes first."
     block = lambda name: re.match(r"(?:.*?\.\d+\.)?", name)[0]
-    ends, blocks = 0, {}
+    blocks = {}
     for name, t in state.items():
         blocks.setdefault(block(name), {})[name] = t
     parts = [blocks.pop("", {})]

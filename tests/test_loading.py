@@ -116,6 +116,16 @@ def test_number_types_of_a_block_are_kept_apart():
 
 
 @linux
+def test_a_full_disk_is_told_before_anything_is_written(monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(AespaError, match="TMPDIR"):
+        to_file(torch.ones(3))
+
+
+@linux
 def test_giving_back_frees_pages_and_keeps_changes(tmp_path):
     n = 2**24
     save_file({"weight": torch.ones(1, n)}, tmp_path / "w.safetensors")

@@ -1,7 +1,7 @@
 """How much memory a checkpoint takes that is quantized in fresh processes: held in memory, and mapped.
 
-    python tools/big_checkpoint.py FOLDER                        2 GB of random weights, rtn; prints numbers
-    python tools/big_checkpoint.py FOLDER --write                also into nbs/runs/loading.json, which chapter 12b draws
+    python tools/big_checkpoint.py FOLDER            2 GB of random weights, rtn; prints numbers
+    python tools/big_checkpoint.py FOLDER --write    also into nbs/runs/loading.json, which chapter 12b draws
 
 FOLDER keeps the checkpoint for the next time; it and the temporary folder (TMPDIR) need three times the size on disk.
 """
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 STORED = Path("nbs/runs/loading.json")
-# The grid search of gptq and best costs hours on weights of this size and changes no memory: a plain min-max grid instead.
+# On weights of this size the grid search takes long, and no memory that counts: gptq and best do without it.
 RECIPES = {"rtn": dict(), "gptq": dict(grid="minmax"), "best": dict(grid="minmax", starts=1)}
 
 
@@ -31,7 +31,8 @@ def make(folder, size, n_blocks, n_shards=8):
     width = int((size / 2 / n_blocks / 12) ** 0.5) // 128 * 128
     inner = (size // 2 // n_blocks - 4 * width**2) // (3 * width) // 64 * 64
     shape = dict(hidden_size=width, intermediate_size=inner, num_attention_heads=width // 128)
-    config = LlamaConfig(**shape, num_hidden_layers=n_blocks, vocab_size=2048, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config = LlamaConfig(**shape, num_hidden_layers=n_blocks, vocab_size=2048, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
