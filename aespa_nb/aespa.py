@@ -34,7 +34,8 @@ from .gptq import gptq
 from .grid import Grid, check_bits, grouped, minmax_grid
 from .gridfit import fit_grid
 from .hessian import damp
-from .losses import BlockLosses, Part, block_losses, parts_of, stages_of, survey
+from .loading import give_back, working_on
+from .losses import Part, block_losses, parts_of, stages_of, survey
 from .notation import AespaError, NumericalError
 from .precompute import KroneckerLoss
 from .target import full_precision_target
@@ -94,14 +95,20 @@ class RunConfig:
     device: str | None = None  # where blocks are worked on; None: where the model is
     dtype: torch.dtype = torch.float32  # of statistics and solving
 
-# %% ../nbs/14_aespa.ipynb #a1d93042
+# %% ../nbs/14_aespa.ipynb #c14format
 @dataclass(frozen=True, kw_only=True)
-class AespaConfig(RunConfig):
-    "What `quantize_model` does, and how (`RunConfig`). Raises `AespaError` if a field cannot work."
+class _Format:
+    "What is stored."
+
     bits: int = 2  # 2 to 8
     group_size: int | None = None  # inputs that share a step; None: the whole row (per-channel)
     symmetric: bool = False  # zero-point fixed to the middle code
     keep: dict[str, int] = field(default_factory=dict)  # part of a linear's name -> bits of its own; 16: untouched
+
+# %% ../nbs/14_aespa.ipynb #a1d93042
+@dataclass(frozen=True, kw_only=True)
+class AespaConfig(_Format, RunConfig):
+    "What `quantize_model` does, and how (`RunConfig`). Raises `AespaError` if a field cannot work."
     objective: str = "attention"  # "attention": the paper's losses for Q, K, V; "gauss-newton"; "layer": tr(dW H dW^T)
     grid: str = "hessian"  # "hessian": search under H; "minmax": full range
     zfold: bool = False  # per-input scales where they are free
@@ -298,7 +305,7 @@ def _put(results, block, part: Part, W_hat, grid, zeta, rtn, loss, seconds) -> N
     r.grid.step[rows], r.grid.zero[rows] = grid.step.cpu(), grid.zero.cpu()
     r.loss_rtn, r.loss, r.seconds = r.loss_rtn + rtn, r.loss + loss, r.seconds + seconds
 
-
+# %% ../nbs/14_aespa.ipynb #c14parts
 def _quantize_parts(model, block, parts, losses, targets, config, announce, prefix) -> dict[str, LayerResult]:
     "Rounds the parts that have a loss, in place."
     zetas, results = _zetas(model, targets, losses, config), {}
@@ -440,23 +447,30 @@ def report_json(report: QuantReport) -> str:
 # %% ../nbs/14_aespa.ipynb #45465794
 def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], config: AespaConfig) -> None:
     "Raises an `AespaError` if the run would fail or make no sense."
-    stacks, n = stacks_of(model), _check_inputs(model, tokens)
+    n = _check_inputs(model, tokens)
     if config.samples is not None and config.samples > n:
         raise AespaError(f"samples is {config.samples} but there are only {n} sequences of tokens")
     if config.zfold:
         zeta_groups(model)
-    names = [f"{path}.{i}.{n}" for path in stacks for i, b in enumerate(model.get_submodule(path)) for n in linears_of(b)]
+    blocks = {f"{path}.{i}": b for path in stacks_of(model) for i, b in enumerate(model.get_submodule(path))}
+    names = [f"{path}.{name}" for path, block in blocks.items() for name in linears_of(block)]
     for part in config.keep:
         if not any(part in name for name in names):
             raise AespaError(f"keep: no linear's name contains {part!r}; names are like {names[0]}")
-    for name in names:
-        weight = weight_of(model, name)
-        try:
-            grouped(weight[:1], config.group_size)
-        except AespaError as e:
-            raise AespaError(f"{name}: {e}") from None
-        if not torch.isfinite(weight).all():
-            raise NumericalError(f"{name}.weight has NaN or Inf: the checkpoint is damaged")
+    for path, block in blocks.items():
+        for name in linears_of(block):
+            _check_weight(weight_of(block, name), f"{path}.{name}", config.group_size)
+        give_back(block)  # to its file, if that is where the weights come from
+
+
+def _check_weight(weight, name, group_size) -> None:
+    "Raises unless groups fit and all numbers are finite."
+    try:
+        grouped(weight[:1], group_size)
+    except AespaError as e:
+        raise AespaError(f"{name}: {e}") from None
+    if not torch.isfinite(weight).all():
+        raise NumericalError(f"{name}.weight has NaN or Inf: the checkpoint is damaged")
 
 # %% ../nbs/14_aespa.ipynb #c14inputs
 def _check_inputs(model, tokens) -> int:
@@ -503,18 +517,6 @@ def quantize_model(
     return report
 
 # %% ../nbs/14_aespa.ipynb #8c8c94b5
-@contextlib.contextmanager
-def _working_on(block, device, dtype) -> Iterator[None]:
-    "`block` on `device` in `dtype`, and back where it was afterwards."
-    first = next(block.parameters())
-    home = first.device, first.dtype
-    block.to(device, dtype)
-    try:
-        yield
-    finally:
-        block.to(*home)
-
-
 def _quantize_blocks(model, inputs, device, report, bar) -> None:
     "Visits the blocks in order; one at a time is on `device` in the working precision."
     config, paths = report.config, stacks_of(model)
@@ -526,10 +528,9 @@ def _quantize_blocks(model, inputs, device, report, bar) -> None:
         for path in paths:
             streams = [closing(path), full[path]] if two else [closing(path)]
             for i, block in enumerate(model.get_submodule(path)):
-                with _working_on(block, device, config.dtype):
+                with working_on(block, device, config.dtype):
                     announce = lambda name, i=i: bar(f"block {i}: {name}")
                     _visit_block(model, block, streams, report, announce, f"{path}.{i}.")
-
 
 # %% ../nbs/14_aespa.ipynb #c14visit
 def _tune(block, results, streams, config) -> None:

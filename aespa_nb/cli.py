@@ -48,26 +48,13 @@ from .tasks import run_tasks
 # %% ../nbs/41_cli.ipynb #10ca543f
 def load_model(
     source: str,  # "reference", a folder, or a name on the Hugging Face hub
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,  # None: as stored; float32 for the reference model
+    trust_remote_code: bool = False,  # run code that comes with the checkpoint
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    "A causal language model and its tokenizer, or None; code that comes with a checkpoint is never run."
+    "A causal language model whose weights stay in their files, and its tokenizer if it has one."
     if source == "reference":
-        return load_reference(dtype)[:2]
-    local = Path(source).is_dir()
-    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise AespaError(f"no model folder at {source!r}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        ).eval()
-    except (OSError, ValueError) as e:
-        raise AespaError(
-            f"{source!r} could not be loaded as a causal language model: {str(e).strip().splitlines()[0]}"
-        ) from e
-    try:
-        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError):
-        return model, None
+        return load_reference(dtype or torch.float32)[:2]
+    return load_checkpoint(source, dtype, trust_remote_code)
 
 # %% ../nbs/41_cli.ipynb #275525db
 @contextlib.contextmanager

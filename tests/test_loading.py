@@ -1,0 +1,227 @@
+"""Loading and saving with weights that stay in files: same model, little memory, plain errors."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, AespaError, quantize_model
+from aespa_nb.loading import give_back, in_file, load_model, resident, save_model, to_file, working_on
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4)),
+}
+TOKENS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+
+def stored(folder, kind="llama", dtype=torch.bfloat16, shard="20KB"):
+    torch.manual_seed(0)
+    MODELS[kind]().to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return str(folder)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", MODELS)
+def test_through_the_blocks_and_out_again(tmp_path, kind, dtype):
+    model, tokenizer = load_model(stored(tmp_path / "in", kind, dtype))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=dtype)
+    assert tokenizer is None and not model.training and same(model, plain)
+    blocks = lambda m: next(x for x in m.modules() if isinstance(x, torch.nn.ModuleList))
+    for a, b in zip(blocks(model), blocks(plain)):
+        before = [in_file(p) for p in a.parameters()]
+        with working_on(a, "cpu", torch.float64), torch.no_grad():
+            for p, q in zip(a.parameters(), b.parameters()):
+                assert p.dtype == torch.float64 and not in_file(p)
+                p.mul_(2), q.mul_(2)
+        assert [in_file(p) for p in a.parameters()] == before and any(before)
+    assert same(model, plain)
+    save_model(model, tmp_path / "out", shard_bytes=20_000)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto"), plain)
+    names = lambda f: set().union(*(load_file(x) for x in (tmp_path / f).glob("*.safetensors")))
+    assert names("in") == names("out") and len(list((tmp_path / "out").glob("model-0*"))) > 1
+    model.save_pretrained(tmp_path / "stock")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype="auto"), plain)
+
+
+@pytest.mark.parametrize("preset", ["gptq", "max"])
+def test_quantized_as_a_model_in_memory(tmp_path, preset):
+    source = stored(tmp_path / "in")
+    mapped, _ = load_model(source)
+    plain = copy.deepcopy(mapped)
+    assert not any(in_file(p) for p in plain.parameters())
+    head = mapped.lm_head.weight.clone()
+    config = AespaConfig.preset(preset, 3, **({"tuning": 3} if preset == "max" else {}))
+    reports = [quantize_model(m, TOKENS, config) for m in (mapped, plain)]
+    assert same(mapped, plain) and torch.equal(mapped.lm_head.weight, head)
+    assert all(in_file(p) for p in mapped.parameters()) and not any(in_file(p) for p in plain.parameters())
+    for name, r in reports[0].layers.items():
+        assert r.weight is mapped.get_submodule(name).weight and r.loss == reports[1].layers[name].loss
+    save_model(mapped, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").exists() and same(load_model(str(tmp_path / "out"))[0], plain)
+
+
+def test_another_number_type_is_a_copy_in_memory(tmp_path):
+    model, _ = load_model(stored(tmp_path), dtype=torch.float32)
+    assert model.dtype == torch.float32 and not any(in_file(p) for p in model.parameters())
+
+
+def test_other_kinds_of_models(tmp_path):
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32)
+    model = ViTForImageClassification(config)
+    save_model(model, tmp_path / "vit", shard_bytes=1)
+    assert same(load_model(str(tmp_path / "vit"), auto=AutoModelForImageClassification)[0], model)
+
+
+def test_a_failed_block_goes_back_too(tmp_path):
+    model, _ = load_model(stored(tmp_path))
+    with pytest.raises(ZeroDivisionError), working_on(model.model.layers[0], "cpu", torch.float32):
+        raise ZeroDivisionError
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with working_on(torch.nn.Identity(), "cpu", torch.float32):  # nothing to move
+        pass
+
+
+def test_number_types_of_a_block_are_kept_apart():
+    block = torch.nn.Sequential(torch.nn.Linear(2, 2).half(), torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    before = {k: v.dtype for k, v in block.state_dict().items()}
+    with working_on(block, "cpu", torch.float64):
+        assert block[0].weight.dtype == block[2].running_mean.dtype == torch.float64
+        assert block[2].num_batches_tracked.dtype == torch.int64
+    assert {k: v.dtype for k, v in block.state_dict().items()} == before
+
+
+@linux
+def test_a_full_disk_is_told_before_anything_is_written(monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(AespaError, match="TMPDIR"):
+        to_file(torch.ones(3))
+
+
+@linux
+def test_giving_back_frees_pages_and_keeps_changes(tmp_path):
+    n = 2**24
+    save_file({"weight": torch.ones(1, n)}, tmp_path / "w.safetensors")
+    private, shared = torch.nn.Linear(n, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    private.weight.data = load_file(tmp_path / "w.safetensors")["weight"]
+    shared.weight.data = to_file(private.weight.data)
+    for module in (private, shared):
+        module.weight.data[0, 0] = 7
+        assert module.weight.sum() == n + 6
+        before = resident().file
+        give_back(module)
+        assert before - resident().file > 0.9 * 4 * n
+        assert module.weight.data[0, 0] == 7 and module.weight.sum() == n + 6
+
+
+WALK = """
+import sys, torch
+from aespa_nb.loading import load_model, resident, save_model, working_on
+start = resident().peak
+model, _ = load_model(sys.argv[1])
+for block in model.model.layers:
+    with working_on(block, "cpu", torch.float32), torch.no_grad():
+        for p in block.parameters():
+            p.mul_(0.5)
+save_model(model, sys.argv[2], 2**24)
+print(resident().peak - start, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@linux
+def test_a_whole_model_in_the_memory_of_a_few_blocks(tmp_path):
+    sizes = dict(vocab_size=256, hidden_size=512, intermediate_size=4096, num_hidden_layers=15, num_attention_heads=4)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.5)
+    model.save_pretrained(tmp_path / "in", max_shard_size="50MB")
+    words = [sys.executable, "-c", WALK, tmp_path / "in", tmp_path / "out"]
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    growth, size = map(float, done.stdout.split())
+    assert size > 200e6 and 20e6 < growth < 0.7 * size, (growth, size)
+
+
+def broken(folder, how):
+    index = folder / "model.safetensors.index.json"
+    shards = sorted(folder.glob("model-*.safetensors"))
+    if how == "shard":
+        shards[1].unlink()
+    if how == "damaged":
+        shards[1].write_bytes(shards[1].read_bytes()[:-100])
+    if how == "config":
+        (folder / "config.json").unlink()
+    if how == "pickle":
+        for file in [*shards, index]:
+            file.unlink()
+        torch.save({}, folder / "pytorch_model.bin")
+    if how == "weight":
+        map = json.loads(index.read_text())["weight_map"]
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors = load_file(folder / map[name])
+        del tensors[name]
+        save_file(tensors, folder / map[name], {"format": "pt"})
+    if how == "code":
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+REASONS = {
+    "shard": r"model-00002-of-\d+.safetensors is missing \(1 of \d+ shards\); download it again",
+    "damaged": "a shard is damaged",
+    "config": "no config.json",
+    "pickle": "no .safetensors weights",
+    "weight": "lacks model.layers.1.mlp.up_proj.weight",
+    "code": "allow it with trust_remote_code=True",
+}
+
+
+@pytest.mark.parametrize("how", REASONS)
+def test_errors_say_what_to_do(tmp_path, how):
+    stored(tmp_path)
+    broken(tmp_path, how)
+    with pytest.raises(AespaError, match=REASONS[how]) as e:
+        load_model(str(tmp_path))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere", "a/b/c"])
+def test_no_folder(source):
+    with pytest.raises(AespaError, match="no model folder"):
+        load_model(source)
+
+
+def test_a_name_that_the_hub_does_not_give():
+    with pytest.raises(AespaError, match="could not be loaded"):
+        load_model("nobody/nothing")
