@@ -462,7 +462,7 @@ def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], conf
             _check_weight(weight_of(block, name), f"{path}.{name}", config.group_size)
         give_back(block)  # to its file, if that is where the weights come from
 
-
+# %% ../nbs/14_aespa.ipynb #c14chkw
 def _check_weight(weight, name, group_size) -> None:
     "Raises unless groups fit and all numbers are finite."
     try:

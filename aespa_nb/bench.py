@@ -329,7 +329,7 @@ def _one_gram(_, gram, X, *rest, **kwargs):
     "Of a Gram's `add`, or of the second product of a pair's."
     return gram_work(X.numel() // X.shape[-2], X.shape[-2], gram.total.element_size())
 
-
+# %% ../nbs/31_cost.ipynb #c31read
 _READING = (
     (BlockStream, "__init__", "embed", None),
     (aespa, "survey", "survey", None),
@@ -446,7 +446,8 @@ def bench(
     device = torch.device(config.device or model.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise AespaError("no CUDA device here: leave --device out, or use cpu")
-    machine, blocks = measure_machine(device, config.dtype), sum(len(model.get_submodule(p)) for p in stacks_of(model))
+    machine = measure_machine(device, config.dtype)
+    blocks = sum(len(model.get_submodule(path)) for path in stacks_of(model))
     _warm_up(config)
     meter = Meter(clock or functools.partial(_clock, device))
     with metering(model, meter):

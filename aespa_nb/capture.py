@@ -69,7 +69,7 @@ def zeta_groups(model: PreTrainedModel) -> list[tuple[str, tuple[str, ...]]]:
     config = model.config
     if config.model_type not in _ZETA:
         known = ", ".join(sorted(_ZETA))
-        raise UnsupportedModelError(f"Z-Fold is not worked out for {config.model_type!r} (it is for {known}): zfold=False")
+        raise UnsupportedModelError(f"Z-Fold is worked out for {known}, not for {config.model_type!r}: zfold=False")
     shared = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) != config.num_attention_heads
     post_norm = not getattr(config, "do_layer_norm_before", True)
     relu = config.model_type != "opt" or config.activation_function == "relu"
@@ -92,7 +92,7 @@ def _end(module, args):
 
 # %% ../nbs/12_models.ipynb #c12catch
 def _catch(model, blocks, inputs, every=False):
-    "Hidden states before the first block, and what else the model hands to it; with `every` to each block: [(args, kwargs)]."
+    "Hidden states before the first block; [(args, kwargs)] of what it is called with, with `every` of each block."
     calls = {}
 
     def hook(i, args, kwargs):
@@ -238,7 +238,7 @@ class BlockStream(_Caller):
         self.at += keep
 
     def run(self, block: nn.Module, keep: bool = False) -> None:
-        "Feeds every batch to the next block; with `keep` the outputs become the hidden states, and the stream moves on."
+        "Feeds every batch to the next block; with `keep` its outputs become the hidden states: the stream moves on."
         for _ in self.steps(block, keep):
             pass
 

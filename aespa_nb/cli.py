@@ -41,6 +41,7 @@ from .bench import bench, bench_summary, random_tokens, shape_config, shape_mode
 from .data import calibration_windows, evaluation_windows, load_reference, shared_warning
 from .evaluate import evaluate_model
 from .export import FORMATS, Exported, check_format, export_model, read_quantized, snap_model
+from .loading import load_model as load_checkpoint
 from .notation import AespaError
 from .plots import plot_comparison, plot_layers, use_style
 from .tasks import run_tasks

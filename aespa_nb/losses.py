@@ -193,6 +193,10 @@ class _Ear:
         elif head not in self.counted:
             gram.add(X)
 
+# %% ../nbs/12c_losses.ipynb #69703000
+class _Ears(_Ear):
+    "Also for experts."
+
     def hear_expert(self, name, X, Y):
         if name in self.grams:
             self.grams[name].add(X.reshape(-1, X.shape[-1]).T)
@@ -240,7 +244,7 @@ class _Calls:
 def _one_pass(block, stream, grams, found, collectors, counted, full, last) -> _Calls:
     "Runs `stream` through `block` as far as needed; fills `grams` and `collectors`."
     group_of = {name: group[0] for group in found.groups for name in group}
-    ear = _Ear(grams, found.readers, counted, dict(block.named_modules()))
+    ear = _Ears(grams, found.readers, counted, dict(block.named_modules()))
     general = {i: c for i, c in collectors.items() if isinstance(c, _General)}
     linears = {found.attentions[i].roles[r].linear for i, c in general.items() for r in c.sums.rows if r != "v"}
     stop = _end_of(found, [g[0] for g in grams], collectors, ear.listeners)
@@ -333,7 +337,7 @@ def _check_records(calls: _Calls, stream: BlockStream, model: PreTrainedModel) -
     for number, tokens in calls.tokens.items():
         if tokens != expected:
             raise UnsupportedModelError(
-                f"attention call {number} of a {model.config.model_type!r} block was heard for {tokens} of {expected} tokens"
+                f"attention call {number} of a {model.config.model_type!r} block: heard {tokens} tokens of {expected}"
             )
 
 # %% ../nbs/12c_losses.ipynb #0697b157
@@ -343,6 +347,12 @@ class BlockLosses(NamedTuple):
     losses: dict[str, KroneckerLoss]  # of each part
     drifts: dict[str, Drift]  # with a full-precision stream: how each part's input has drifted
     notes: list[str]  # what is not as it should be
+
+# %% ../nbs/12c_losses.ipynb #f5ba58c4
+def _gram(block, names, found, full, device, dtype) -> Gram:
+    "What sums up the inputs of a group. Linears that see some tokens only can't be compared with another stream."
+    kind = StreamGram if full and names[0] not in found.routed else Gram
+    return kind(weight_of(block, names[0]).shape[1], device, dtype)
 
 # %% ../nbs/12c_losses.ipynb #c92de4a3
 def block_losses(
@@ -366,9 +376,3 @@ def block_losses(
     calls = _one_pass(block, stream, grams, found, collectors, counted, full, last)
     _check_records(calls, stream, model)
     return BlockLosses(*_gather(grams, collectors, parts, found, notes), notes)
-
-
-def _gram(block, names, found, full, device, dtype) -> Gram:
-    "What sums up the inputs of a group. Linears that see some tokens only can't be compared with another stream."
-    kind = StreamGram if full and names[0] not in found.routed else Gram
-    return kind(weight_of(block, names[0]).shape[1], device, dtype)

@@ -138,9 +138,9 @@ def _measured_loss(s, role, H) -> KroneckerLoss:
     metric = None if plain or s.metric is None else s.metric.unflatten(0, (len(s.hv), -1)).mean(1)
     return KroneckerLoss(s.hv / s.tokens, metric)
 
-# %% ../nbs/11c_measured.ipynb #484cee52
-class MeasuredStatistics(_MeasuredSums):
-    "Streaming statistics of one attention call with measured position maps, and the losses made of them."
+# %% ../nbs/11c_measured.ipynb #8fb65e54
+class _Adding(_MeasuredSums):
+    "How batches come in."
 
     @torch.no_grad()
     def add(
@@ -159,6 +159,10 @@ class MeasuredStatistics(_MeasuredSums):
         self.queries += len(Q) * len(_every(Q.shape[-1], self.stride))
         self.tokens += len(Q) * Q.shape[-1]
         self.keys += len(K) * K.shape[-1]
+
+# %% ../nbs/11c_measured.ipynb #a78ab74d
+class MeasuredStatistics(_Adding):
+    "Streaming statistics of one attention call with measured position maps, and the losses made of them."
 
     def losses(self, H: dict[str, Hessian]) -> dict[str, KroneckerLoss]:
         "Losses of the roles wanted; `H` has E[x x^T] of the linears of q and k. Raises `AespaError` without tokens."

@@ -83,7 +83,7 @@ def _step(block, scales, adam, stream, target, batch):
         factor.clamp_(min=0.1)  # steps stay positive
     return total.item()
 
-
+# %% ../nbs/13c_tune.ipynb #c13copts
 def _check_options(stream, target, iterations, lr, batch_size):
     "Raises `AespaError` on what can't work."
     if iterations < 1 or not lr > 0 or batch_size < 1:
