@@ -19,7 +19,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -114,6 +114,7 @@ def compare_presets(
     names: list[str],  # what to call each run
     progress: bool = False,
     dtype: torch.dtype | None = None,  # of the files: what is measured has its precision; None: the model's
+    fresh: Callable[[], PreTrainedModel] | None = None,  # gives a model to round, again and again; None: copies
 ) -> Iterator[tuple[dict, PreTrainedModel, QuantReport | None]]:
     "Measures the full model, then a rounded copy per run; yields a row of numbers, the model and the report of each."
     numel = sum(p.numel() for p in model.parameters())
@@ -123,7 +124,7 @@ def compare_presets(
     )
     yield row, model, None
     for name, config in zip(names, runs):
-        rounded = copy.deepcopy(model)
+        rounded = fresh() if fresh else copy.deepcopy(model)
         report = quantize_model(rounded, calib, config, progress)
         snap_model(rounded, report, dtype or model.dtype)
         scores = evaluate_model(rounded, heldout, model)
@@ -294,7 +295,8 @@ def _quantize(args) -> None:
     calib, heldout = _tokens(args, model, tokenizer)
     config = _config(args, args.preset, args.bits)
     with complete_folder(args.out) as out:
-        options = dict(progress=not args.quiet, dtype=_file_dtype(args.model, args.bits))
+        dtype, fresh = _file_dtype(args.model, args.bits), lambda: load_model(args.model)[0]
+        options = dict(progress=not args.quiet, dtype=dtype, fresh=fresh)
         full, last = compare_presets(model, calib, heldout, [config], [args.preset], **options)
         rows, (_, rounded, report) = [full[0], last[0]], last
         done = _save(out, rounded, report, tokenizer, args, rows)

@@ -212,6 +212,8 @@ BAD_FIELDS = [
     dict(correction=1.5),
     dict(tuning=-1),
     dict(starts=7),
+    dict(keep={"down_proj": 1}),
+    dict(keep={"down_proj": 12}),
 ]
 
 
@@ -249,7 +251,30 @@ def test_damaged_weights_and_unknown_architectures_are_refused():
         quantize_model(model, TOKENS, quick())
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32))
     with pytest.raises(UnsupportedModelError, match="gpt2"):
-        quantize_model(gpt2, TOKENS, quick())
+        quantize_model(gpt2, TOKENS, quick(zfold=True))
+    with pytest.raises(UnsupportedModelError, match="no list of blocks"):
+        quantize_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), TOKENS, quick())
+
+
+def test_kept_layers_have_their_own_bits():
+    model = build("opt")
+    before = model.model.decoder.layers[0].fc1.weight.clone()
+    report = quantize_model(model, TOKENS, quick("gptq", keep={"fc2": 5, "layers.0.fc1": 16}))
+    assert torch.equal(model.model.decoder.layers[0].fc1.weight, before)
+    bits = {name: r.grid.bits for name, r in report.layers.items()}
+    assert bits == {n: 5 if "fc2" in n else 3 for n in bits} and "model.decoder.layers.0.fc1" not in bits
+    assert all(r.W_int.max() < 2**r.grid.bits for r in report.layers.values())
+    with pytest.raises(AespaError, match="no linear's name"):
+        quantize_model(model, TOKENS, quick(keep={"down_proj": 4}))
+
+
+def test_a_dictionary_of_inputs_is_as_good_as_tokens():
+    models = [build("llama"), build("llama")]
+    for model, inputs in zip(models, (TOKENS, dict(input_ids=TOKENS))):
+        quantize_model(model, inputs, quick("gptq"))
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+    with pytest.raises(AespaError, match="same number"):
+        quantize_model(models[0], dict(input_ids=TOKENS, attention_mask=TOKENS[:2]), quick("gptq"))
 
 
 def test_nan_activations_are_refused():
