@@ -447,12 +447,12 @@ def report_json(report: QuantReport) -> str:
 # %% ../nbs/14_aespa.ipynb #45465794
 def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], config: AespaConfig) -> None:
     "Raises an `AespaError` if the run would fail or make no sense."
-    n = _check_inputs(model, tokens)
+    paths, n = stacks_of(model), _check_inputs(model, tokens)
     if config.samples is not None and config.samples > n:
         raise AespaError(f"samples is {config.samples} but there are only {n} sequences of tokens")
     if config.zfold:
         zeta_groups(model)
-    blocks = {f"{path}.{i}": b for path in stacks_of(model) for i, b in enumerate(model.get_submodule(path))}
+    blocks = {f"{path}.{i}": b for path in paths for i, b in enumerate(model.get_submodule(path))}
     names = [f"{path}.{name}" for path, block in blocks.items() for name in linears_of(block)]
     for part in config.keep:
         if not any(part in name for name in names):
