@@ -355,6 +355,7 @@ def _gram(block, names, found, full, device, dtype) -> Gram:
     return kind(weight_of(block, names[0]).shape[1], device, dtype)
 
 # %% ../nbs/12c_losses.ipynb #c92de4a3
+@torch.no_grad()
 def block_losses(
     model: PreTrainedModel,  # `capturing`
     block: nn.Module,
