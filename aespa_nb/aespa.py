@@ -34,7 +34,7 @@ from .gptq import gptq
 from .grid import Grid, check_bits, grouped, minmax_grid
 from .gridfit import fit_grid
 from .hessian import damp
-from .loading import give_back, working_on
+from .loading import _trim, give_back, working_on
 from .losses import Part, block_losses, parts_of, stages_of, survey
 from .notation import AespaError, NumericalError
 from .precompute import KroneckerLoss
@@ -316,6 +316,8 @@ def _quantize_parts(model, block, parts, losses, targets, config, announce, pref
         zeta, args = zetas[name], (losses.pop(name), zetas[name], mine, targets.pop(name))
         rounded = round_layer(_part_of(block, part, config.dtype), *args)
         _put(results, block, part, *rounded[:2], zeta, *rounded[2:], time.perf_counter() - start)
+        del rounded, args
+        _trim()
     return results
 
 # %% ../nbs/14_aespa.ipynb #c14block

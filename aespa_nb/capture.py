@@ -414,7 +414,7 @@ def _follow_product(watch, a, b, out, plain) -> None:
         (query, key), A = watch.softmax
         watch.softmax, watch.same = None, []
         heads = lambda t: t if t.ndim == 4 else t.unflatten(0, A.shape[:2])
-        _tell(None, heads(query).transpose(-1, -2), heads(key), heads(b).transpose(-1, -2), A)
+        _tell(None, heads(query).transpose(-1, -2), heads(key), heads(b).transpose(-1, -2), a.reshape(A.shape))
     elif plain:
         watch.scores = a, b
 

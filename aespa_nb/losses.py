@@ -36,16 +36,27 @@ def survey(
 ) -> BlockMap:
     "The map of `block`. Raises `UnsupportedModelError` if its attention is not what we hear."
     hidden, (args, kwargs) = stream.hidden[:1].to(stream.device), stream.arguments(slice(0, 1))
-    found = map_block(block, lambda: block(hidden, *args, **kwargs), hidden.shape[1])
+    run = lambda: block(hidden, *args, **kwargs)
+    found = map_block(block, run, hidden.shape[1])
     if any(a.registered for a in found.attentions):
         first = lambda out: out[0] if isinstance(out, tuple) else out
-        ours, before = first(block(hidden, *args, **kwargs)), model.config._attn_implementation
-        _implement(model, "eager", None)
-        theirs = first(block(hidden, *args, **kwargs))
-        _implement(model, before, None)
+        ours, theirs = first(run()), first(_by_itself(model, run))
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
             raise UnsupportedModelError(f"{type(block).__name__} does more in its attention than this library knows")
     return found
+
+# %% ../nbs/12c_losses.ipynb #c12cself
+def _by_itself(model, run: Callable):
+    "`run()` with attention of the model's own or, if it has none, torch's."
+    before = model.config._attn_implementation
+    try:
+        _implement(model, "eager", None)
+        return run()
+    except KeyError:
+        _implement(model, "sdpa", None)
+        return run()
+    finally:
+        _implement(model, before, None)
 
 # %% ../nbs/12c_losses.ipynb #ca5e3766
 @dataclass(frozen=True)

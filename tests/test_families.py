@@ -1,0 +1,158 @@
+"""Models of every family in tools/families.py, one that is written here, and random ones."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, quantize_model
+from aespa_nb.families import linears_of, map_block
+from aespa_nb.losses import parts_of, survey
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import families
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_what_is_heard_is_what_happens(name):
+    model, data = families.build(name).double(), families.inputs(name, 3)
+    data = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
+    assert families.reproduction(model, data) < 1e-5
+    assert families.value_loss(model, data) < 1e-5
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_linear_is_quantized_or_named(name):
+    model = families.build(name)
+    report = quantize_model(model, families.inputs(name, 3), AespaConfig.preset("aespa", bits=3, iterations=2))
+    assert not families.accounted_for(model, report)
+    for r in report.layers.values():
+        torch.testing.assert_close(r.grid.values(r.W_int.float()) * r.zeta, r.weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LLaMA", "GPT-NeoX", "Qwen3"])
+def test_refined_losses_lower_the_attention_error(name):
+    errors = families.attention_errors(name, seed=0)
+    assert errors["aespa"] < errors["gptq"] and errors["best"] < errors["gptq"]
+
+
+@pytest.mark.parametrize("name", ["LLaMA", "GPT-J", "Qwen3-MoE"])
+def test_half_precision_models_keep_their_dtype(name):
+    model = families.build(name).to(torch.bfloat16)
+    report = quantize_model(model, families.inputs(name, 3), AespaConfig.preset("best", bits=4, batch_size=3))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not families.accounted_for(model, report)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_cases_work_or_say_why(seed):
+    families.try_case(seed)
+
+
+class OddConfig(PretrainedConfig):
+    "Nothing here has a name that anybody uses."
+
+    model_type = "odd"
+
+    def __init__(self, width=32, count=4, depth=2, words=64, **kwargs):
+        self.hidden_size, self.num_attention_heads, self.num_hidden_layers, self.vocab_size = width, count, depth, words
+        super().__init__(**kwargs)
+
+
+class OddMixer(nn.Module):
+    "Attention: one matrix makes values, queries and keys in this order; half of each head is turned."
+
+    is_causal = True
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx, self.count = config, layer_idx, config.num_attention_heads
+        self.stir = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.pour = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x, mask):
+        v, q, k = self.stir(x).view(*x.shape[:2], 3, self.count, -1).permute(2, 0, 3, 1, 4)
+        angle = torch.arange(x.shape[1]).to(x) / 7
+        turn = lambda t: torch.cat(
+            [t[..., :1] * angle.cos()[:, None] - t[..., 1:2] * angle.sin()[:, None],
+             t[..., :1] * angle.sin()[:, None] + t[..., 1:2] * angle.cos()[:, None], t[..., 2:]], -1)  # fmt: skip
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out, _ = attend(self, turn(q), turn(k), v, mask, scaling=0.4)
+        return self.pour(out.flatten(-2))
+
+
+class OddBlock(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.before, self.mix = nn.LayerNorm(config.hidden_size), OddMixer(config, layer_idx)
+        self.after, self.think = nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, 48)
+        self.speak = nn.Linear(48, config.hidden_size)
+
+    def forward(self, x, mask):
+        x = x + self.mix(self.before(x), mask)
+        return x + self.speak(nn.functional.silu(self.think(self.after(x))))
+
+
+class OddModel(PreTrainedModel):
+    config_class = OddConfig
+    _supports_sdpa = _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.storeys = nn.ModuleList(OddBlock(config, i) for i in range(config.num_hidden_layers))
+        self.guess = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids, **kwargs):
+        x = self.words(input_ids)
+        mask = create_causal_mask(self.config, x, None, past_key_values=None, position_ids=None)
+        for storey in self.storeys:
+            x = storey(x, mask)
+        return CausalLMOutput(logits=self.guess(x))
+
+
+@pytest.fixture
+def odd():
+    torch.manual_seed(0)
+    return OddModel(OddConfig()).eval()
+
+
+def test_a_model_that_nobody_knows(odd):
+    tokens = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(0))
+    found = families.first_block(odd, dict(input_ids=tokens), lambda block, stream: survey(odd, block, stream))
+    (attention,) = found.attentions
+    assert attention.o == "mix.pour" and attention.scaling == 0.4 and attention.registered
+    assert attention.roles["v"].rows.flatten().tolist() == list(range(32))
+    assert attention.roles["q"].rows.flatten().tolist() == list(range(32, 64))
+    assert attention.roles["k"].position == "measured" and attention.roles["v"].position == "none"
+    assert found.readers == {"mix.pour": "before", "speak": "after"}
+    assert {"mix.stir[q]", "mix.stir[k]", "mix.stir[v]", "think"} < set(parts_of(odd.storeys[0], found))
+    report = quantize_model(odd, tokens, AespaConfig.preset("best", bits=3))
+    assert set(report.layers) == {f"storeys.{i}.{n}" for i in range(2) for n in linears_of(odd.storeys[0])}
+    assert not report.notes and torch.isfinite(odd(tokens).logits).all()
+
+
+def test_attention_that_does_more_than_we_know_is_refused(odd, monkeypatch):
+    tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+    def eager(module, query, key, value, mask, **kwargs):
+        return torch.tanh(value).transpose(1, 2), None
+
+    monkeypatch.setattr(sys.modules[__name__], "ALL_ATTENTION_FUNCTIONS", {**ALL_ATTENTION_FUNCTIONS, "eager": eager})
+    with pytest.raises(families.AespaError, match="OddBlock does more"):
+        quantize_model(odd, tokens, AespaConfig.preset("aespa", bits=3))
+
+
+def test_a_block_without_attention_has_layer_wise_losses():
+    block = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    x = torch.randn(1, 5, 8)
+    found = map_block(block, lambda: block(x), tok=5)
+    assert found.groups == (("0",), ("2",)) and not found.attentions and not found.idle
+    assert torch.is_grad_enabled()
