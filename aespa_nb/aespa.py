@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -277,6 +278,14 @@ def _targets(block, parts, drifts, config):
         targets[name] = W
     return targets
 
+# %% ../nbs/14_aespa.ipynb #c14idle
+def _idle_notes(idle: tuple[str, ...]) -> list[str]:
+    "A line for each kind of linears that were not heard."
+    kinds = {}
+    for name in idle:
+        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".#", name), []).append(name)
+    return [f"{len(names)} not heard, left as they are: {kind}" for kind, names in kinds.items()]
+
 # %% ../nbs/14_aespa.ipynb #8117f2ae
 def _damped(losses: dict[str, KroneckerLoss], ratio: float) -> tuple[dict[str, KroneckerLoss], int]:
     "Losses damped in place and the bytes they take; a matrix that layers share is damped, and counted, once."
@@ -325,7 +334,7 @@ def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[di
     "Rounds the linears of `block` in place; names are relative to it. Also the bytes of its statistics, and notes."
     found = survey(model, block, streams[0])
     parts, results, most = parts_of(block, found), {}, 0
-    notes = [note for a in found.attentions for note in a.notes] + [f"{n} never ran: left as it is" for n in found.idle]
+    notes = [note for a in found.attentions for note in a.notes] + _idle_notes(found.idle)
     full = (copy.deepcopy(block), streams[1]) if len(streams) > 1 else None
     stages = stages_of(found) if full else [list(found.groups)]
     for stage in stages:

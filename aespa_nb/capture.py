@@ -139,6 +139,13 @@ def _same(a, b) -> bool:
     return not isinstance(a, Tensor) or torch.equal(a, b)
 
 
+def _longer(one, several) -> set:
+    "Which arguments hold several rows for one sequence and more for several sequences (ALiBi, heads beside batch)."
+    pairs = zip((*one[0], *one[1].values()), (*several[0], *several[1].values()))
+    keys = (*range(len(one[0])), *one[1])
+    return {k for k, (a, b) in zip(keys, pairs) if isinstance(a, Tensor) and a.ndim and 1 < len(a) < len(b)}
+
+
 def _own(calls, others) -> set:
     "Which arguments (places or names) differ between two sequences."
     pairs = [(dict(enumerate(c[0])) | c[1], dict(enumerate(o[0])) | o[1]) for c, o in zip(calls, others)]
@@ -197,9 +204,11 @@ def _enter(stream, model, blocks, inputs) -> None:
         hidden, [(args, kwargs)] = _catch(model, blocks, part(at, at + stream.batch_size))
         if at == 0:
             stream.hidden = _mapped(stream.folder.name, torch.Size((n, *hidden.shape[1:])), stream.dtype)
+            stream.repeated = _longer(calls[0], (args, kwargs)) - own
         stream.hidden[at : at + len(hidden)] = hidden
         for key, kept in stream.own.items():
-            kept.extend((args[key] if isinstance(key, int) else kwargs[key]).split(1))
+            value = args[key] if isinstance(key, int) else kwargs[key]
+            kept.extend(value.split(len(value) // len(hidden)))
     stream.calls = [_to(call, stream.device, stream.dtype) for call in calls]
 
 # %% ../nbs/12_models.ipynb #c12steps
@@ -210,8 +219,11 @@ class _Caller(_Stream):
         "What the next block is called with beside the hidden states of the sequences `seqs`."
         args, kwargs = list(self.calls[self.at][0]), dict(self.calls[self.at][1])
         for key, kept in self.own.items():
-            value = _to(torch.cat(kept)[seqs], self.device, self.dtype)
+            value = _to(torch.stack(kept)[seqs].flatten(0, 1), self.device, self.dtype)
             (args if isinstance(key, int) else kwargs)[key] = value
+        for key in self.repeated:
+            place = args if isinstance(key, int) else kwargs
+            place[key] = torch.cat([place[key]] * len(self.hidden[seqs]))
         return args, kwargs
 
     def _step(self, block, seqs, keep):
@@ -408,7 +420,7 @@ def _follow(watch, f, args, kwargs, out) -> None:
 # %% ../nbs/12_models.ipynb #c12prod
 def _follow_product(watch, a, b, out, plain) -> None:
     "A product: with an expert's matrix, with the probabilities, or perhaps the one that makes the scores."
-    if b.data_ptr() in watch.matrices:
+    if b.ndim == 2 and b.data_ptr() in watch.matrices:
         watch.product(watch.matrices[b.data_ptr()], a, out)
     elif plain and watch.softmax and any(a is t for t in watch.same):
         (query, key), A = watch.softmax

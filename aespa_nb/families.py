@@ -44,7 +44,10 @@ def linears_of(block: nn.Module) -> list[str]:
 
 def _slices(block: nn.Module) -> dict[int, str]:
     "Address of each matrix of a three-dimensional parameter -> its name."
-    stacked = [(name, p) for name, p in block.named_parameters() if p.ndim == 3]
+    owner = lambda name: block.get_submodule(name.rpartition(".")[0])
+    convolutions = torch.nn.modules.conv._ConvNd
+    three = [(name, p) for name, p in block.named_parameters() if p.ndim == 3]
+    stacked = [(name, p) for name, p in three if not isinstance(owner(name), convolutions)]
     return {p[i].data_ptr(): f"{name}.{i}" for name, p in stacked for i in range(len(p))}
 
 # %% ../nbs/12a_families.ipynb #bab4f20c
@@ -178,11 +181,14 @@ def _attention_map(ran: list[Ran], module, Q, K, V, A) -> AttentionMap:
 class _Trace:
     "What happens in a block, as it happens."
 
-    def __init__(self):
+    def __init__(self, block):
+        self.block = block
         self.ran, self.order, self.attentions, self.outputs = [], [], [], {}
         self.reads, self.makers, self.readers = [], {}, {}
 
     def linear(self, name, x, y):
+        if not isinstance(y, Tensor):  # a router in a linear's clothes
+            return y
         for i, out in list(self.outputs.items()):  # of attention calls whose reader is not known yet
             if x.numel() == out.numel() and _close(x.detach().reshape(out.shape), out):
                 self.attentions[i] = replace(self.attentions[i], o=name)
@@ -200,8 +206,9 @@ class _Tracing(_Trace):
     "The rest of what is noted."
 
     def expert(self, name, x, y):
-        self.order.append(name)
-        self.ran.append(Ran(name, x, y.detach()))
+        if weight_of(self.block, name).shape == (y.shape[-1], x.shape[-1]):  # else stored as we don't know
+            self.order.append(name)
+            self.ran.append(Ran(name, x, y.detach()))
 
     def attention(self, module, Q, K, V, A):
         self.attentions.append(_attention_map(self.ran, module, Q, K, V, A))
@@ -216,14 +223,13 @@ class _Tracing(_Trace):
                 continue
             if id(stream) in self.makers:  # two outputs are added first
                 self.makers[id(total)] = name, total
-            reader = next((reader for reader, x in self.reads if x is stream), None)
-            if reader is not None:
-                self.readers[name] = reader
+            if read := [reader for reader, x in self.reads if x is stream]:
+                self.readers[name] = read[0]
             break
 
 # %% ../nbs/12a_families.ipynb #061b4e18
 def _groups(block: nn.Module, ran: list[Ran], tok: int, attentions) -> tuple[list, frozenset[str], list[str]]:
-    "Groups of linears in the order in which they ran; linears that don't see all tokens; linears that never ran."
+    "Groups of linears in the order in which they ran; linears that don't see all tokens; linears that were not heard."
     groups = {}
     for e in ran:
         groups.setdefault(id(e.x), []).append(e.name)
@@ -248,7 +254,7 @@ def _with_siblings(groups, routed, stacks, idle):
 @contextlib.contextmanager
 def _tracing(block: nn.Module) -> Iterator[_Tracing]:
     "Everything that runs in `block` is written down."
-    trace, hooks = _Tracing(), []
+    trace, hooks = _Tracing(block), []
     for name, module in block.named_modules():
         if name:
             read = lambda m, args, name=name: trace.reads.extend((name, x) for x in args[:1])
@@ -274,7 +280,7 @@ class BlockMap:
     attentions: tuple[AttentionMap, ...]
     readers: dict[str, str]  # linear that adds to the residual stream -> module that has just read it
     routed: frozenset[str]  # linears that see some of the tokens only
-    idle: tuple[str, ...]  # linears that never ran
+    idle: tuple[str, ...]  # linears that were not heard
     order: tuple[str, ...]  # linears, and "" for attention, as they ran
     watched: bool  # whether a `Watch` is needed to hear everything
 

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -49,25 +50,74 @@ FAMILIES = {
     "StarCoder2": ("Starcoder2", GQA),
     "GPT-2": ("GPT2", OLD),
     "GPT-NeoX": ("GPTNeoX", dict(SIZE, max_position_embeddings=64)),
-    "OPT": ("OPT", dict(vocab_size=64, hidden_size=64, ffn_dim=96, num_hidden_layers=1, num_attention_heads=4,
-                        max_position_embeddings=64, word_embed_proj_dim=64)),
+    "OPT": (
+        "OPT",
+        dict(
+            vocab_size=64,
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=64,
+        ),
+    ),
     "BLOOM": ("Bloom", dict(vocab_size=64, hidden_size=64, n_layer=1, n_head=4)),
     "MPT": ("Mpt", dict(vocab_size=64, d_model=64, n_layers=1, n_heads=4, max_seq_len=64)),
-    "Falcon": ("Falcon", dict(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_kv_heads=2,
-                              new_decoder_architecture=True, alibi=False)),
+    "Falcon": (
+        "Falcon",
+        dict(
+            vocab_size=64,
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            new_decoder_architecture=True,
+            alibi=False,
+        ),
+    ),
     "GPT-J": ("GPTJ", dict(OLD, rotary_dim=8)),
-    "DeepSeek-V3": ("DeepseekV3", dict(SIZE, num_key_value_heads=4, max_position_embeddings=64, **DEEP,
-                                       moe_intermediate_size=32, first_k_dense_replace=0)),
+    "DeepSeek-V3": (
+        "DeepseekV3",
+        dict(
+            SIZE,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+            **DEEP,
+            moe_intermediate_size=32,
+            first_k_dense_replace=0,
+        ),
+    ),
     "gpt-oss": ("GptOss", dict(HEADS, sliding_window=8, num_local_experts=4, num_experts_per_tok=2)),
     "BERT": ("Bert", dict(SIZE, max_position_embeddings=64)),
     "ViT": ("ViT", dict({k: v for k, v in SIZE.items() if k != "vocab_size"}, image_size=32, patch_size=8)),
-    "Whisper": ("Whisper", dict(vocab_size=64, d_model=64, encoder_layers=1, decoder_layers=1, num_mel_bins=8,
-                                encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96,
-                                decoder_ffn_dim=96, max_source_positions=24, max_target_positions=64,
-                                decoder_start_token_id=1, begin_suppress_tokens=None, suppress_tokens=None)),
-    "T5": ("T5", dict(vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, decoder_start_token_id=0)),
+    "Whisper": (
+        "Whisper",
+        dict(
+            vocab_size=64,
+            d_model=64,
+            encoder_layers=1,
+            decoder_layers=1,
+            num_mel_bins=8,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_source_positions=24,
+            max_target_positions=64,
+            decoder_start_token_id=1,
+            begin_suppress_tokens=None,
+            suppress_tokens=None,
+        ),
+    ),
+    "T5": (
+        "T5",
+        dict(vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, decoder_start_token_id=0),
+    ),
 }
-AUTO = dict(BERT=hf.AutoModelForMaskedLM, ViT=hf.AutoModel, Whisper=hf.AutoModelForSpeechSeq2Seq, T5=hf.AutoModelForSeq2SeqLM)
+AUTO = dict(
+    BERT=hf.AutoModelForMaskedLM, ViT=hf.AutoModel, Whisper=hf.AutoModelForSpeechSeq2Seq, T5=hf.AutoModelForSeq2SeqLM
+)
 
 
 def build(name: str, seed: int = 0, **changes):
@@ -83,7 +133,11 @@ def build(name: str, seed: int = 0, **changes):
                 p += 0.1 * torch.randn_like(p)
                 continue
             strong = torch.randn(*p.shape[:-1], 3) @ torch.randn(*p.shape[:-2], 3, p.shape[-1]) / 3**0.5
-            p.copy_((0.7 * torch.randn_like(p) + 0.7 * strong) * torch.randn(p.shape[-1]).mul(0.5).exp() / p.shape[-1] ** 0.5)
+            p.copy_(
+                (0.7 * torch.randn_like(p) + 0.7 * strong)
+                * torch.randn(p.shape[-1]).mul(0.5).exp()
+                / p.shape[-1] ** 0.5
+            )
     return model
 
 
@@ -165,7 +219,9 @@ def value_loss(model, data) -> float:
     return max(worst, abs(float(loss(dW) / true) - 1))
 
 
-def attention_errors(name: str, seed: int, presets=("gptq", "aespa", "best"), iterations: int = 300) -> dict[str, float]:
+def attention_errors(
+    name: str, seed: int, presets=("gptq", "aespa", "best"), iterations: int = 300
+) -> dict[str, float]:
     "Relative error of the first block's attention outputs, with only what makes Q, K and V rounded to 3 bits."
     model, data = build(name, seed), inputs(name, seed=seed)
     found = first_block(model, data, lambda b, s: survey(model, b, s))
@@ -180,7 +236,9 @@ def attention_errors(name: str, seed: int, presets=("gptq", "aespa", "best"), it
             for n in linears:
                 weight_of(block, n).copy_(weight_of(rounded.get_submodule(path)[0], n))
         now, back = heads_read(mixed, data, outputs), lambda n: weight_of(block, n).T
-        errors[preset] = sum(float((((now[n] - x) @ back(n)) ** 2).sum() / ((x @ back(n)) ** 2).sum()) for n, x in full.items())
+        errors[preset] = sum(
+            float((((now[n] - x) @ back(n)) ** 2).sum() / ((x @ back(n)) ** 2).sum()) for n, x in full.items()
+        )
     return errors
 
 
@@ -215,7 +273,10 @@ def table(names: list[str], store: bool) -> None:
         rows.append(row(name))
         r = rows[-1]
         errors = "  ".join(f"{k} {v:.4f}" for k, v in r["errors"].items())
-        print(f"{name:12s} {r['heard']:9s} {r['position']:9s} V A^T {r['reproduction']:.0e}  V {r['value_loss']:.0e}  {errors}", flush=True)
+        print(
+            f"{name:12s} {r['heard']:9s} {r['position']:9s} V A^T {r['reproduction']:.0e}  V {r['value_loss']:.0e}  {errors}",
+            flush=True,
+        )
     if store:
         new = STORED.with_suffix(".new")
         new.write_text(json.dumps(rows, indent=1) + "\n")
@@ -258,9 +319,12 @@ def random_case(rng: random.Random) -> tuple[str, dict, dict]:
 
 def accounted_for(model, report) -> set[str]:
     "Linears of the blocks that the report neither lists nor names."
-    names = {f"{p}.{i}.{n}" for p in stacks_of(model) for i, b in enumerate(model.get_submodule(p)) for n in linears_of(b)}
+    names = {
+        f"{p}.{i}.{n}" for p in stacks_of(model) for i, b in enumerate(model.get_submodule(p)) for n in linears_of(b)
+    }
     kept = {n for n in names if any(part in n and bits == 16 for part, bits in report.config.keep.items())}
-    named = {n for n in names if any(n.rsplit(".", 1)[-1] in note for note in report.notes)}
+    kind = lambda name: re.sub(r"\.\d+(?=\.|$)", ".#", name)
+    named = {n for n in names if any(note.endswith(kind(n.split(".", 3)[-1])) for note in report.notes)}
     return names - set(report.layers) - kept - named
 
 
