@@ -235,10 +235,10 @@ def attention_errors(
         with torch.no_grad():
             for n in linears:
                 weight_of(block, n).copy_(weight_of(rounded.get_submodule(path)[0], n))
-        now, back = heads_read(mixed, data, outputs), lambda n: weight_of(block, n).T
-        errors[preset] = sum(
-            float((((now[n] - x) @ back(n)) ** 2).sum() / ((x @ back(n)) ** 2).sum()) for n, x in full.items()
-        )
+        now, errors[preset] = heads_read(mixed, data, outputs), 0.0
+        for n, x in full.items():
+            W = weight_of(block, n).detach()
+            errors[preset] += float(((now[n] - x) @ W.T).pow(2).sum() / (x @ W.T).pow(2).sum())
     return errors
 
 
@@ -273,10 +273,8 @@ def table(names: list[str], store: bool) -> None:
         rows.append(row(name))
         r = rows[-1]
         errors = "  ".join(f"{k} {v:.4f}" for k, v in r["errors"].items())
-        print(
-            f"{name:12s} {r['heard']:9s} {r['position']:9s} V A^T {r['reproduction']:.0e}  V {r['value_loss']:.0e}  {errors}",
-            flush=True,
-        )
+        checks = f"V A^T {r['reproduction']:.0e}  V {r['value_loss']:.0e}"
+        print(f"{name:12s} {r['heard']:9s} {r['position']:9s} {checks}  {errors}", flush=True)
     if store:
         new = STORED.with_suffix(".new")
         new.write_text(json.dumps(rows, indent=1) + "\n")
