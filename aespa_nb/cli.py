@@ -38,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from .aespa import PRESETS, AespaConfig, QuantReport, quantize_model
 from .bench import bench, bench_summary, random_tokens, shape_config, shape_model
+from .bits import CHOICES, auto_bits, bits_text, check_budget
 from .data import calibration_windows, evaluation_windows, load_reference, shared_warning
 from .evaluate import evaluate_model
 from .export import FORMATS, Exported, check_format, export_model, read_quantized, snap_model
@@ -232,11 +233,34 @@ def _tokens(args, model, tokenizer) -> tuple[Tensor, Tensor]:
         print(f"aespa_nb: warning: {args.text['warning']}", file=sys.stderr)
     return calib.tokens, heldout.tokens
 
-
-def _config(args, preset, bits) -> AespaConfig:
-    "The preset with the options that were given."
+# %% ../nbs/41_cli.ipynb #c41bits0
+def _config(args, preset, bits, model=None, calib=None) -> AespaConfig:
+    "The preset with the options that were given; with --auto-bits the bits are shared out here."
     given = {k: getattr(args, k) for k in ("group_size", "symmetric", "iterations", "device", "seed")}
-    return AespaConfig.preset(preset, bits, **{k: v for k, v in given.items() if v is not None})
+    given["keep"] = _keep(getattr(args, "keep", None))
+    config = AespaConfig.preset(preset, bits, **{k: v for k, v in given.items() if v is not None})
+    if getattr(args, "auto_bits", None) is None:
+        return config
+    choices = (2, 3, 4, 8) if getattr(args, "format", None) == "gptq" else CHOICES
+    config = auto_bits(model, calib, config, args.auto_bits, choices, progress=not args.quiet)
+    print(bits_text(config))
+    return config
+
+
+def _keep(words: list[str] | None) -> dict[str, int] | None:
+    "`PART=BITS` words as a dictionary. Raises `AespaError` for any other word."
+    pairs = [word.rpartition("=") for word in words or ()]
+    for word, (part, _, bits) in zip(words or (), pairs):
+        if not part or not bits.isdigit():
+            raise AespaError(f"--keep takes PART=BITS, such as down_proj=4 or mlp=16, not {word!r}")
+    return {part: int(bits) for part, _, bits in pairs} or None
+
+
+def _whole_bits(args) -> None:
+    "With --auto-bits, `args.bits` is the whole number next to it: it stands in names and titles."
+    if args.auto_bits is not None:
+        check_budget(args.auto_bits)
+        args.bits = [round(args.auto_bits)] if isinstance(args.bits, list) else round(args.auto_bits)
 
 # %% ../nbs/41_cli.ipynb #c41seqln
 def _seqlen(args, model, tokenizer, *sources) -> int:
@@ -262,7 +286,7 @@ def _run_presets(args, model, tokenizer, keep=None) -> None:
         f"{len(calib)} x {calib.shape[1]} calibration tokens, {len(heldout)} x {heldout.shape[1]} evaluation tokens"
     )
     names = [(p, b) for b in args.bits for p in args.presets]
-    runs = [_config(args, *n) for n in names]
+    runs = [_config(args, *n, model, calib) for n in names]
     with complete_folder(args.out) as out:
         options = dict(progress=not args.quiet, dtype=_file_dtype(args.model, max(args.bits)))
         for row, rounded, report in compare_presets(model, calib, heldout, runs, [p for p, _ in names], **options):
@@ -290,10 +314,11 @@ def _run(args, runs) -> dict:
 def _quantize(args) -> None:
     "`aespa_nb quantize`"
     check_free(args.out)
+    _whole_bits(args)
     check_format(args.format, args.bits)
     model, tokenizer = load_model(args.model)
     calib, heldout = _tokens(args, model, tokenizer)
-    config = _config(args, args.preset, args.bits)
+    config = _config(args, args.preset, args.bits, model, calib)
     with complete_folder(args.out) as out:
         dtype, fresh = _file_dtype(args.model, args.bits), lambda: load_model(args.model)[0]
         options = dict(progress=not args.quiet, dtype=dtype, fresh=fresh)
@@ -301,7 +326,7 @@ def _quantize(args) -> None:
         rows, (_, rounded, report) = [full[0], last[0]], last
         done = _save(out, rounded, report, tokenizer, args, rows)
         figures = {"layers": _svg(plot_layers(report))}
-        write_results(out, f"{args.model}: {args.preset}, {args.bits} bits", rows, _run(args, [config]), figures)
+        write_results(out, f"{args.model}: {args.preset}, {args.auto_bits or args.bits} bits", rows, _run(args, [config]), figures)
     Console().print(results_table(rows))
     peak, budget = report.peak_bytes / 2**20, report.budget_bytes / 2**20
     print(f"peak memory above the model {peak:.0f} MiB; three blocks and their statistics take {budget:.0f} MiB")
@@ -334,6 +359,7 @@ def _measure(args, model, tokenizer, reference) -> None:
 def _demo(args) -> None:
     "`aespa_nb demo`"
     check_free(args.out)
+    _whole_bits(args)
     model, tokenizer = load_model("reference")
     keep = (args.presets[-1], min(args.bits))
     _run_presets(args, model, tokenizer, keep)
@@ -343,6 +369,7 @@ def _demo(args) -> None:
 def _compare(args) -> None:
     "`aespa_nb compare`"
     check_free(args.out)
+    _whole_bits(args)
     _run_presets(args, *load_model(args.model))
 
 # %% ../nbs/41_cli.ipynb #c41expo
@@ -418,9 +445,19 @@ def _add_shared(p, out: str | None = None) -> None:
     p.add_argument("--quiet", action="store_true", help="no progress bars")
 
 # %% ../nbs/41_cli.ipynb #034a68c3
+def _add_bits(p, **bits) -> None:
+    "The options that share out bits: one width, or an average, and exceptions."
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--bits", type=int, **bits)
+    text = "share out this average number of bits per weight by predicted losses, e.g. 3 or 2.5"
+    group.add_argument("--auto-bits", type=float, metavar="B", help=text)
+    text = "bits of linears whose name contains PART, 16: left as they are; can be repeated"
+    p.add_argument("--keep", action="append", metavar="PART=BITS", help=text)
+
+
 def _add_many(p, bits=(2, 3, 4)) -> None:
     "Options of the commands that run several presets."
-    p.add_argument("--bits", type=int, nargs="+", default=list(bits), help="bit-widths (default: %(default)s)")
+    _add_bits(p, nargs="+", default=list(bits), help="bit-widths (default: %(default)s)")
     p.add_argument("--presets", nargs="+", default=list(PRESETS), help=f"of {', '.join(PRESETS)} (default: all)")
 
 
@@ -449,7 +486,7 @@ def _add_quantize(commands) -> None:
     text = "Round one model and save it with a report."
     p = commands.add_parser("quantize", help="round one model and save it", description=text)
     p.add_argument("model", help=_MODEL)
-    p.add_argument("--bits", type=int, default=2, help="2 to 8 (default: 2)")
+    _add_bits(p, default=2, help="2 to 8 (default: 2)")
     p.add_argument("--preset", default="best", help=f"one of {', '.join(PRESETS)} (default: best)")
     _add_shared(p)
     _add_format(p)
