@@ -335,6 +335,8 @@ def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[di
     found = survey(model, block, streams[0])
     parts, results, most = parts_of(block, found), {}, 0
     notes = [note for a in found.attentions for note in a.notes] + _idle_notes(found.idle)
+    if config.objective != "layer" and not found.attentions:
+        notes.append("no attention was heard: all losses are layer-wise")
     full = (copy.deepcopy(block), streams[1]) if len(streams) > 1 else None
     stages = stages_of(found) if full else [list(found.groups)]
     for stage in stages:

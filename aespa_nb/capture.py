@@ -83,6 +83,9 @@ def zeta_groups(model: PreTrainedModel) -> list[tuple[str, tuple[str, ...]]]:
     return [(source, targets) for source, targets in _ZETA[config.model_type] if free(source)]
 
 # %% ../nbs/12_models.ipynb #74c70cae
+_ONE_BY_ONE = "not supported; single linears can be rounded with `round_layer`"
+
+
 class _Stop(Exception):
     "Ends a forward pass early."
 
@@ -96,18 +99,23 @@ def _catch(model, blocks, inputs, every=False):
     calls = {}
 
     def hook(i, args, kwargs):
+        if i in calls:
+            raise UnsupportedModelError(f"{type(model).__name__} runs a block more than once: {_ONE_BY_ONE}")
         args, kwargs = list(args), dict(kwargs)
         calls[i] = args.pop(0) if args else kwargs.pop("hidden_states"), (tuple(args), kwargs)
-        if i == len(blocks) - 1 or not every:
+        if not every:
             raise _Stop
 
     with contextlib.ExitStack() as stack, contextlib.suppress(_Stop):
         for i, block in enumerate(blocks):
             handle = block.register_forward_pre_hook(lambda m, a, k, i=i: hook(i, a, k), with_kwargs=True)
             stack.callback(handle.remove)
+        head = model.get_output_embeddings()
+        if head is not None:
+            stack.callback(head.register_forward_pre_hook(_end).remove)
         model(**inputs, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
     if len(calls) < (len(blocks) if every else 1):
-        raise UnsupportedModelError(f"{type(model).__name__} does not run its blocks one after another")
+        raise UnsupportedModelError(f"{type(model).__name__} leaves out some of its blocks: {_ONE_BY_ONE}")
     return calls[0][0], [calls[i][1] for i in sorted(calls)]
 
 # %% ../nbs/12_models.ipynb #c12calls
@@ -169,6 +177,13 @@ def _mapped(folder, shape, dtype):
     return torch.from_file(str(Path(folder) / "hidden_states"), shared=True, size=size, dtype=dtype).view(shape)
 
 
+def _replace(part, out, block) -> None:
+    "What the block gives takes the place of what it was given."
+    if out.shape != part.shape:
+        raise UnsupportedModelError(f"{type(block).__name__} changes the shape of hidden states: {_ONE_BY_ONE}")
+    part.copy_(out)
+
+
 def _as_inputs(tokens) -> dict[str, Tensor]:
     "What a model is called with; bare tokens are `input_ids`."
     return dict(tokens) if isinstance(tokens, dict) else {"input_ids": tokens}
@@ -202,6 +217,8 @@ def _enter(stream, model, blocks, inputs) -> None:
     stream.own = {key: [] for key in own}
     for at in range(0, n, stream.batch_size):
         hidden, [(args, kwargs)] = _catch(model, blocks, part(at, at + stream.batch_size))
+        if len(hidden) != min(stream.batch_size, n - at):
+            raise UnsupportedModelError(f"{type(model).__name__} does not put sequences first: {_ONE_BY_ONE}")
         if at == 0:
             stream.hidden = _mapped(stream.folder.name, torch.Size((n, *hidden.shape[1:])), stream.dtype)
             stream.repeated = _longer(calls[0], (args, kwargs)) - own
@@ -231,7 +248,7 @@ class _Caller(_Stream):
         with contextlib.suppress(_Stop):
             out = block(part.to(self.device), *args, **kwargs)
             if keep:
-                part.copy_(out[0] if isinstance(out, tuple) else out)
+                _replace(part, out[0] if isinstance(out, tuple) else out, block)
 
 # %% ../nbs/12_models.ipynb #c12run
 class BlockStream(_Caller):
@@ -406,7 +423,8 @@ _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__
 def _follow(watch, f, args, kwargs, out) -> None:
     "Looks at one call."
     if f in _SOFTMAX and out.ndim == 4:
-        watch.softmax, watch.same = (watch.scores, out), [out]
+        fits = watch.scores and (watch.scores[0].shape[-2], watch.scores[1].shape[-1]) == out.shape[-2:]
+        watch.softmax, watch.same = ((watch.scores, out), [out]) if fits else (None, [])
     elif f in _BIASED:
         watch.scores = args[1:3] if len(args) > 2 else (kwargs["batch1"], kwargs["batch2"])
     elif f is F.linear or f in _PRODUCTS:

@@ -201,12 +201,17 @@ class _Trace:
         self.makers[id(passed)] = name, passed
         return passed
 
+# %% ../nbs/12a_families.ipynb #c12amade
+def _made_by(W, x, y) -> bool:
+    "Whether `y` is `W x`: not if the experts' matrices are stored in a way that we don't know."
+    return x.shape[-1] == W.shape[1] and y.shape[-1] == len(W) and _close((x @ W.T).detach(), y.detach())
+
 # %% ../nbs/12a_families.ipynb #be8cbacc
 class _Tracing(_Trace):
     "The rest of what is noted."
 
     def expert(self, name, x, y):
-        if weight_of(self.block, name).shape == (y.shape[-1], x.shape[-1]):  # else stored as we don't know
+        if _made_by(weight_of(self.block, name), x, y):
             self.order.append(name)
             self.ran.append(Ran(name, x, y.detach()))
 

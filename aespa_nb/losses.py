@@ -295,15 +295,14 @@ def _pooled(grams, found, notes: list[str]) -> dict[str, Tensor]:
     "Hessians in place of those of linears that saw too few tokens, by name."
     hessians = {}
     for stage in stages_of(found):
-        stage = [names[0] for names in stage if names in grams and names[0] in found.routed]
-        sums = {name: grams[(name,)] for name in stage}
+        sums = {names[0]: grams[names] for names in stage if names in grams and names[0] in found.routed}
         tokens = sum(gram.tokens for gram in sums.values())
         poor = [name for name, gram in sums.items() if gram.tokens < len(gram.total)]
         if poor:
             total = sum(gram.total for gram in sums.values())
             pooled = total / tokens if tokens else torch.eye(len(total)).to(total)
             hessians |= dict.fromkeys(poor, pooled)
-            notes.append(f"{len(poor)} of {len(stage)} linears like {poor[0]} saw too few tokens: statistics pooled")
+            notes.append(f"{len(poor)} of {len(sums)} linears like {poor[0]} saw too few tokens: statistics pooled")
     return hessians
 
 # %% ../nbs/12c_losses.ipynb #d8189cf0
