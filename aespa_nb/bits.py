@@ -74,7 +74,7 @@ def output_prices(
     inputs: dict[str, Tensor],  # sequences first
     seed: int = 0,  # of the drawn labels
 ) -> dict[str, Float[Tensor, " out"]]:
-    "What a squared unit of error at each output of each linear costs, in nats per prediction: half the Fisher diagonal."
+    "What a squared unit of error at each output of each linear costs in nats: half the Fisher diagonal."
     prices, count, generator = {}, 0, torch.Generator().manual_seed(seed)
     wanted = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
@@ -127,6 +127,24 @@ def _rows_of(price, part: Part, W) -> Tensor:
         return W.new_zeros(len(W))
     return (price if part.rows is None else price[part.rows.to(price.device)]).to(W)
 
+# %% ../nbs/14b_bits.ipynb #880b7da3
+def _rehearse_stack(model, path, inputs, prices, config, choices, bar) -> dict[str, dict[int, float]]:
+    "Losses of the linears of one stack of blocks."
+    device, losses = torch.device(config.device or model.device), {}
+    stream = BlockStream(model, inputs, config.batch_size, device, config.dtype, path)
+    with contextlib.closing(stream):
+        for i, block in enumerate(model.get_submodule(path)):
+            bar(f"rehearsal: block {i}")
+            with working_on(block, device, config.dtype):
+                losses |= _rehearse(model, block, stream, prices, config, choices, f"{path}.{i}.")
+    return losses
+
+
+def _rehearsal(config) -> AespaConfig:
+    "A quick recipe on the same grid: rounding to nearest where that is what will be done, else GPTQ."
+    solver = "rtn" if config.solver == "rtn" else "gptq"
+    return replace(config, objective="layer", solver=solver, zfold=False, correction=0.0, tuning=0)
+
 # %% ../nbs/14b_bits.ipynb #374514eb
 CHOICES = (2, 3, 4, 5, 6)  # bit-widths on the menu
 
@@ -138,7 +156,7 @@ def check_budget(budget: float, choices: tuple[int, ...] = CHOICES) -> None:
     if not min(choices) <= budget <= max(choices):
         raise AespaError(f"the average must lie between {min(choices)} and {max(choices)} bits, not {budget}")
 
-
+# %% ../nbs/14b_bits.ipynb #6e066e85
 @torch.no_grad()
 def predicted_losses(
     model: PreTrainedModel,  # at full precision; stays as it is
@@ -151,20 +169,15 @@ def predicted_losses(
     "KL in nats per token that rounding each linear alone is expected to cost, by name and bits."
     check_model(model, tokens, config)
     inputs, training, losses = _draw(tokens, config), model.training, {}
-    device = torch.device(config.device or model.device)
-    solver = "rtn" if config.solver == "rtn" else "gptq"
-    plain = replace(config, objective="layer", solver=solver, zfold=False, correction=0.0, tuning=0)
-    paths = stacks_of(model)
+    plain, paths = _rehearsal(config), stacks_of(model)
     model.eval()
-    prices = output_prices(model, {k: v[:sequences] for k, v in inputs.items()}, config.seed)
-    with capturing(model), _progress(sum(len(model.get_submodule(p)) for p in paths), progress) as bar:
-        for path in paths:
-            with contextlib.closing(BlockStream(model, inputs, config.batch_size, device, config.dtype, path)) as stream:
-                for i, block in enumerate(model.get_submodule(path)):
-                    bar(f"rehearsal: block {i}")
-                    with working_on(block, device, config.dtype):
-                        losses |= _rehearse(model, block, stream, prices, plain, choices, f"{path}.{i}.")
-    model.train(training)
+    try:
+        prices = output_prices(model, {k: v[:sequences] for k, v in inputs.items()}, config.seed)
+        with capturing(model), _progress(sum(len(model.get_submodule(p)) for p in paths), progress) as bar:
+            for path in paths:
+                losses |= _rehearse_stack(model, path, inputs, prices, plain, choices, bar)
+    finally:
+        model.train(training)
     return losses
 
 # %% ../nbs/14b_bits.ipynb #8dc9f65a

@@ -326,7 +326,8 @@ def _quantize(args) -> None:
         rows, (_, rounded, report) = [full[0], last[0]], last
         done = _save(out, rounded, report, tokenizer, args, rows)
         figures = {"layers": _svg(plot_layers(report))}
-        write_results(out, f"{args.model}: {args.preset}, {args.auto_bits or args.bits} bits", rows, _run(args, [config]), figures)
+        title = f"{args.model}: {args.preset}, {args.auto_bits or args.bits} bits"
+        write_results(out, title, rows, _run(args, [config]), figures)
     Console().print(results_table(rows))
     peak, budget = report.peak_bytes / 2**20, report.budget_bytes / 2**20
     print(f"peak memory above the model {peak:.0f} MiB; three blocks and their statistics take {budget:.0f} MiB")

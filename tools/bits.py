@@ -1,7 +1,7 @@
-"""The measurements behind chapter 14b, to nbs/runs/bits.json: about an hour on one core. Runs on record are not repeated.
+"""The measurements behind chapter 14b, to nbs/runs/bits.json: an hour on one core. Runs on record are not repeated.
 
 An average of bits, shared out by `allocate_bits`, on the bundled model: 64 calibration sequences, first 128 held-out
-windows, as in tools/campaign.py. A budget that is a whole number is also run uniformly, unless the campaign has done so.
+windows, as in tools/campaign.py. A whole number is run uniformly too, unless the campaign has done so.
 """
 
 import argparse
