@@ -48,7 +48,7 @@ def _heed(name: str, y: Tensor, prices: dict[str, Tensor]) -> Tensor:
     y.register_hook(add)
     return y.clone()  # a model may change it in place
 
-
+# %% ../nbs/14b_bits.ipynb #06d94ad1s0
 @contextlib.contextmanager
 def _heeding(model, prices):
     "Within this context every backward pass adds the squared gradients of all linears' outputs to `prices`."
@@ -104,7 +104,7 @@ def _menu(config, name, choices) -> tuple[int, ...]:
         return tuple(choices)
     return () if bits_of(config, name) == 16 else (bits_of(config, name),)
 
-
+# %% ../nbs/14b_bits.ipynb #385cecc7s0
 def _rehearse(model, block, stream, prices, config, choices, prefix) -> dict[str, dict[int, float]]:
     "Losses of the linears of one block at each bit-width, in nats per token."
     found = survey(model, block, stream)

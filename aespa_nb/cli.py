@@ -255,7 +255,7 @@ def _keep(words: list[str] | None) -> dict[str, int] | None:
             raise AespaError(f"--keep takes PART=BITS, such as down_proj=4 or mlp=16, not {word!r}")
     return {part: int(bits) for part, _, bits in pairs} or None
 
-
+# %% ../nbs/41_cli.ipynb #c41bits0s0
 def _whole_bits(args) -> None:
     "With --auto-bits, `args.bits` is the whole number next to it: it stands in names and titles."
     if args.auto_bits is not None:
@@ -467,7 +467,7 @@ def _add_format(p, default: str = "compressed-tensors") -> None:
     text = "how the checkpoint is stored; gptq is its version 2 (default: %(default)s)"
     p.add_argument("--format", choices=FORMATS, default=default, help=text)
 
-
+# %% ../nbs/41_cli.ipynb #034a68c3s0
 def _add_demo(commands) -> None:
     "`demo`: compare, on the bundled model."
     text = "Five presets on the bundled model, at 2 and 3 bits, with 500 Adam steps per layer; needs no network."
