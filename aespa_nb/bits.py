@@ -48,7 +48,7 @@ def _heed(name: str, y: Tensor, prices: dict[str, Tensor]) -> Tensor:
     y.register_hook(add)
     return y.clone()  # a model may change it in place
 
-# %% ../nbs/14b_bits.ipynb #06d94ad1s0
+# %% ../nbs/14b_bits.ipynb #87eb5e1c
 @contextlib.contextmanager
 def _heeding(model, prices):
     "Within this context every backward pass adds the squared gradients of all linears' outputs to `prices`."
@@ -98,13 +98,20 @@ def _cost(W, loss: KroneckerLoss, price, config) -> float:
     return float((price * ((dW @ loss.H) * dW).sum(1)).sum())
 
 
+def _rows_of(price, part: Part, W) -> Tensor:
+    "The prices of the part's rows; nothing that never ran has any."
+    if price is None:
+        return W.new_zeros(len(W))
+    return (price if part.rows is None else price[part.rows.to(price.device)]).to(W)
+
+# %% ../nbs/14b_bits.ipynb #1725d4d0
 def _menu(config, name, choices) -> tuple[int, ...]:
     "The bit-widths a linear may have: its own if `keep` names it, nothing if it stays as it is."
     if not any(part in name for part in config.keep):
         return tuple(choices)
     return () if bits_of(config, name) == 16 else (bits_of(config, name),)
 
-# %% ../nbs/14b_bits.ipynb #385cecc7s0
+# %% ../nbs/14b_bits.ipynb #8e3e118e
 def _rehearse(model, block, stream, prices, config, choices, prefix) -> dict[str, dict[int, float]]:
     "Losses of the linears of one block at each bit-width, in nats per token."
     found = survey(model, block, stream)
@@ -119,13 +126,6 @@ def _rehearse(model, block, stream, prices, config, choices, prefix) -> dict[str
             mine[bits] = mine.get(bits, 0.0) + _cost(W, loss, price, replace(config, bits=bits, keep={}))
     stream.run(block, keep=True)
     return losses
-
-
-def _rows_of(price, part: Part, W) -> Tensor:
-    "The prices of the part's rows; nothing that never ran has any."
-    if price is None:
-        return W.new_zeros(len(W))
-    return (price if part.rows is None else price[part.rows.to(price.device)]).to(W)
 
 # %% ../nbs/14b_bits.ipynb #880b7da3
 def _rehearse_stack(model, path, inputs, prices, config, choices, bar) -> dict[str, dict[int, float]]:
