@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from .adaround import adaround
 from .capture import BlockStream, _as_inputs, capturing, stacks_of, zeta_groups
 from .data import check_tokens
 from .descent import best_of_starts, vary_grid
-from .families import linears_of, weight_of
+from .families import kind_of, linears_of, weight_of
 from .gptq import gptq
 from .grid import Grid, check_bits, grouped, minmax_grid
 from .gridfit import fit_grid
@@ -283,7 +282,7 @@ def _idle_notes(idle: tuple[str, ...]) -> list[str]:
     "A line for each kind of linears that were not heard."
     kinds = {}
     for name in idle:
-        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".#", name), []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     return [f"{len(names)} not heard, left as they are: {kind}" for kind, names in kinds.items()]
 
 # %% ../nbs/14_aespa.ipynb #8117f2ae

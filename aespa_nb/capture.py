@@ -99,8 +99,8 @@ def _catch(model, blocks, inputs, every=False):
     calls = {}
 
     def hook(i, args, kwargs):
-        if i in calls:
-            raise UnsupportedModelError(f"{type(model).__name__} runs a block more than once: {_ONE_BY_ONE}")
+        if i != len(calls):
+            raise UnsupportedModelError(f"{type(model).__name__} does not run its blocks in order, once each: {_ONE_BY_ONE}")
         args, kwargs = list(args), dict(kwargs)
         calls[i] = args.pop(0) if args else kwargs.pop("hidden_states"), (tuple(args), kwargs)
         if not every:
@@ -148,10 +148,10 @@ def _same(a, b) -> bool:
 
 
 def _longer(one, several) -> set:
-    "Which arguments hold several rows for one sequence and more for several sequences (ALiBi, heads beside batch)."
+    "Which arguments have more rows when several sequences run together (ALiBi, heads beside batch)."
     pairs = zip((*one[0], *one[1].values()), (*several[0], *several[1].values()))
     keys = (*range(len(one[0])), *one[1])
-    return {k for k, (a, b) in zip(keys, pairs) if isinstance(a, Tensor) and a.ndim and 1 < len(a) < len(b)}
+    return {k for k, (a, b) in zip(keys, pairs) if isinstance(a, Tensor) and a.ndim and len(a) < len(b)}
 
 
 def _own(calls, others) -> set:

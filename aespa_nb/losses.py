@@ -8,7 +8,6 @@ __all__ = ['survey', 'Part', 'parts_of', 'stages_of', 'BlockLosses', 'block_loss
 # %% ../nbs/12c_losses.ipynb #6c3809e5
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .capture import BlockStream, Watch, _implement, listening
-from .families import AttentionMap, BlockMap, _slices, map_block, weight_of
+from .families import AttentionMap, BlockMap, _slices, kind_of, map_block, weight_of
 from .gaussnewton import GaussNewtonStatistics, output_metric
 from .hessian import Gram
 from .measured import MeasuredStatistics
@@ -97,8 +96,7 @@ def stages_of(found: BlockMap) -> list[list[tuple[str, ...]]]:
     "Groups that are read in one pass when the block is rounded in sequence."
     stages = {}
     for group in found.groups:
-        number = re.sub(r"\.\d+(?=\.|$)", ".#", group[0])  # experts differ by a number
-        stages.setdefault(number if group[0] in found.routed else group[0], []).append(group)
+        stages.setdefault(kind_of(group[0]) if group[0] in found.routed else group[0], []).append(group)
     return list(stages.values())
 
 # %% ../nbs/12c_losses.ipynb #030c2f30

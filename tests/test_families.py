@@ -50,6 +50,13 @@ def test_half_precision_models_keep_their_dtype(name):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not families.accounted_for(model, report)
 
 
+def test_what_is_handed_to_blocks_may_grow_with_the_batch():
+    model = families.build("Falcon", num_kv_heads=4, new_decoder_architecture=False, multi_query=False, alibi=True)
+    model.set_attn_implementation("eager")
+    report = quantize_model(model, families.inputs("Falcon", 5), AespaConfig.preset("best", bits=4, batch_size=3))
+    assert not families.accounted_for(model, report)
+
+
 @pytest.mark.parametrize("seed", range(16))
 def test_random_cases_work_or_say_why(seed):
     families.try_case(seed)

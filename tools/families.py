@@ -12,7 +12,6 @@ import contextlib
 import copy
 import json
 import random
-import re
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import transformers as hf
 from aespa_nb import AespaConfig, AespaError, quantize_model
 from aespa_nb.attention import repeat_kv
 from aespa_nb.capture import BlockStream, Watch, capturing, listening, stacks_of
-from aespa_nb.families import linears_of, weight_of
+from aespa_nb.families import kind_of, linears_of, weight_of
 from aespa_nb.losses import block_losses, survey
 
 STORED = Path("nbs/runs/families.json")
@@ -321,8 +320,7 @@ def accounted_for(model, report) -> set[str]:
         f"{p}.{i}.{n}" for p in stacks_of(model) for i, b in enumerate(model.get_submodule(p)) for n in linears_of(b)
     }
     kept = {n for n in names if any(part in n and bits == 16 for part, bits in report.config.keep.items())}
-    kind = lambda name: re.sub(r"\.\d+(?=\.|$)", ".#", name)
-    named = {n for n in names if any(note.endswith(kind(n.split(".", 3)[-1])) for note in report.notes)}
+    named = {n for n in names if any(note.endswith(kind_of(n.split(".", 3)[-1])) for note in report.notes)}
     return names - set(report.layers) - kept - named
 
 
