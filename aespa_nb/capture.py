@@ -100,7 +100,8 @@ def _catch(model, blocks, inputs, every=False):
 
     def hook(i, args, kwargs):
         if i != len(calls):
-            raise UnsupportedModelError(f"{type(model).__name__} does not run its blocks in order, once each: {_ONE_BY_ONE}")
+            kind = type(model).__name__
+            raise UnsupportedModelError(f"{kind} does not run its blocks in order, once each: {_ONE_BY_ONE}")
         args, kwargs = list(args), dict(kwargs)
         calls[i] = args.pop(0) if args else kwargs.pop("hidden_states"), (tuple(args), kwargs)
         if not every:
