@@ -146,6 +146,7 @@ def tune_scales(
     seed: int = 0,  # of the order of the sequences
 ) -> tuple[dict[str, Grid], list[float]]:  # the new grids; the relative loss of every step
     "Fits steps and norm weights to the block's output by Adam; the codes stay. Raises `AespaError` on bad options."
+    _check_options(stream, target, iterations, lr, batch_size)
     scales = Scales(block, grids)
     adam = torch.optim.Adam(scales.factors.values(), lr=lr)
     losses = list(learn_block(block, scales.parameters, adam, stream, target, iterations, batch_size, seed))
