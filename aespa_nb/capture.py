@@ -206,7 +206,10 @@ class _Stream:
         self.dtype, self.at = dtype or model.dtype, 0  # the block before which the stream stands
         self.folder = tempfile.TemporaryDirectory(prefix="aespa_nb-")
         self.close = self.folder.cleanup  # deletes the file
-        _enter(self, model, model.get_submodule(stack or stacks_of(model)[0]), _as_inputs(tokens))
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
+            _enter(self, model, model.get_submodule(stack or stacks_of(model)[0]), _as_inputs(tokens))
+            failed.pop_all()  # all went well: the file stays
 
 # %% ../nbs/12_models.ipynb #c12enter
 @torch.no_grad()

@@ -33,13 +33,14 @@ def survey(
     block: nn.Module,
     stream: BlockStream,  # stands before `block`
 ) -> BlockMap:
-    "The map of `block`. Raises `UnsupportedModelError` if its attention is not what we hear."
+    "The map of `block`. Raises `UnsupportedModelError` if it does not run, or its attention is not what we hear."
     hidden, (args, kwargs) = stream.hidden[:1].to(stream.device), stream.arguments(slice(0, 1))
     run = lambda: block(hidden, *args, **kwargs)
+    _try(block, hidden.dtype, run)
     found = map_block(block, run, hidden.shape[1])
     if any(a.registered for a in found.attentions):
         first = lambda out: out[0] if isinstance(out, tuple) else out
-        ours, theirs = first(run()), first(_by_itself(model, run))
+        ours, theirs = first(run()), first(_try(block, hidden.dtype, lambda: _by_itself(model, run)))
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
             raise UnsupportedModelError(f"{type(block).__name__} does more in its attention than this library knows")
     return found
@@ -56,6 +57,15 @@ def _by_itself(model, run: Callable):
         return run()
     finally:
         _implement(model, before, None)
+
+# %% ../nbs/12c_losses.ipynb #c12ctry
+def _try(block, dtype, run: Callable):
+    "`run()`. Raises `UnsupportedModelError` if the block cannot be run by itself."
+    try:
+        return run()
+    except (RuntimeError, ValueError, TypeError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise UnsupportedModelError(f"{type(block).__name__} fails by itself in {dtype}: {reason}") from e
 
 # %% ../nbs/12c_losses.ipynb #ca5e3766
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from aespa_nb import AespaConfig, quantize_model
 from aespa_nb.families import linears_of, map_block
 from aespa_nb.losses import parts_of, survey
+from aespa_nb.notation import UnsupportedModelError
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -163,3 +164,12 @@ def test_a_block_without_attention_has_layer_wise_losses():
     found = map_block(block, lambda: block(x), tok=5)
     assert found.groups == (("0",), ("2",)) and not found.attentions and not found.idle
     assert torch.is_grad_enabled()
+
+
+def test_a_block_that_fails_by_itself_is_named_in_one_line():
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, reorder_and_upcast_attn=True)
+    model = GPT2LMHeadModel._from_config(config, attn_implementation="eager").eval()
+    tokens = torch.randint(64, (2, 16))
+    with pytest.raises(UnsupportedModelError, match="GPT2Block") as caught:
+        quantize_model(model, tokens, AespaConfig.preset("best", dtype=torch.float64))
+    assert "\n" not in str(caught.value)

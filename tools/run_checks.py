@@ -12,7 +12,7 @@ STEPS = (
     ("Modules import only from below", [PY, "tools/check_ladder.py"]),
     ("Ruff on library, notebooks and tools", [PY, "-m", "ruff", "check", "--quiet", "."]),
     ("Cells are short", [PY, "tools/cell_report.py"]),
-    ("Tests", [PY, "-m", "pytest", "tests", "--ignore=tests/test_site.py"]),
+    ("Tests", [PY, "-m", "pytest", "tests", "-n", "2", "--dist", "worksteal", "--ignore=tests/test_site.py"]),
     ("Notebooks run and give the stored outputs", [PY, "tools/run_nbs.py", "--check"]),
     ("The site builds without a warning", ["make", "--no-print-directory", "docs"]),
     ("The site in a browser", [PY, "-m", "pytest", "tests/test_site.py"]),
