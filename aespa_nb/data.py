@@ -32,9 +32,12 @@ class Reference(NamedTuple):
     heldout: Int[Tensor, "seq tok"]  # windows of documents kept out of training
 
 
-def load_reference(dtype: torch.dtype = torch.float32) -> Reference:
+def load_reference(
+    dtype: torch.dtype = torch.float32,
+    folder: str | Path | None = None,  # another that `tools/train_reference.py` has made; None: the bundled one
+) -> Reference:
     "The bundled model in evaluation mode, its tokenizer, calibration and held-out tokens. Needs no network."
-    folder = Path(str(files("aespa_nb") / "reference"))
+    folder = Path(folder or str(files("aespa_nb") / "reference"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokens = lambda name: load_file(folder / f"{name}.safetensors")["tokens"].long()

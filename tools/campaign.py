@@ -88,6 +88,11 @@ def run(reference, group, name, bits, group_size, seed, preset, changes) -> dict
     return dict(**what, changes=changes, **measured, **versions)
 
 
+def reference_of(folder: Path | None) -> tuple:
+    "The model to work on, and how its records call it (None: the bundled one)."
+    return load_reference(folder=folder), folder and folder.resolve().parent.name
+
+
 def layer_losses(reference, seed: int = 0):
     "The pre-computed losses of every layer of the full-precision model: (name, weight, loss)."
     model = reference.model
@@ -139,21 +144,24 @@ def main():
     parser.add_argument("--bits", type=int, nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     parser.add_argument("--names", nargs="+", help="only these")
+    parser.add_argument("--group-sizes", type=int, nargs="+", help="only these; 0: the whole row")
+    parser.add_argument("--model", type=Path, help="folder that tools/train_reference.py made (default: the bundled)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    reference = load_reference()
+    reference, model = reference_of(args.model)
     if args.which == "layers":
         for bits in args.bits or (2, 3):
             compare_solvers(reference, bits)
         return
     keys = ("group", "name", "bits", "group_size", "seed")
     for item in plan(args.which):
-        chosen = zip((item[2], item[4], item[1]), (args.bits, args.seeds, args.names))
+        wanted = (args.bits, args.seeds, args.names, args.group_sizes)
+        chosen = zip((item[2], item[4], item[1], item[3] or 0), wanted)
         if any(wanted and value not in wanted for value, wanted in chosen):
             continue
-        if item[:5] in {tuple(r[k] for k in keys) for r in load()}:
+        if (*item[:5], model) in {(*(r[k] for k in keys), r.get("model")) for r in load()}:
             continue
-        record = run(reference, *item)
+        record = run(reference, *item) | ({"model": model} if model else {})
         save(record)
         print(*item[:5], f"KL {record['kl']:.4f}  {record['cpu_seconds']:.0f} CPU s", flush=True)
 

@@ -9,6 +9,11 @@ Run from the repository root, in an environment that holds the pinned packages; 
     python tools/train_reference.py train --minutes 66 --init build/reference/first    # stage 2: with the added text
     python tools/train_reference.py finish                     # the folder to ship, and its perplexity
 
+A second model, of the OPT kind, is trained on the same tokens (once `tokens` has run) and not bundled:
+
+    python tools/train_reference.py train --kind opt --text build/reference --out build/opt --minutes 25
+    python tools/train_reference.py finish --kind opt --text build/reference --out build/opt --model build/opt/first
+
 `train` uses a GPU if there is one. On a CPU one process per core, one thread each, is fastest:
 `OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tools/train_reference.py train ...`. An interrupted run goes on with
 `--resume`. The learning rate follows the clock, so a run ends on time on any machine (and no two runs are equal).
@@ -38,7 +43,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 # Packages whose docstrings are the core of the corpus and the only source of held-out text, in this order.
@@ -278,7 +284,13 @@ def tokens(args):
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
-def blank_model(**kwargs):
+def blank_model(kind="llama", **kwargs):
+    """The bundled kind; or a smaller OPT: biases, learned positions, LayerNorm, ReLU, as many key as query heads."""
+    if kind == "opt":
+        return OPTForCausalLM(OPTConfig(
+            vocab_size=VOCABULARY, hidden_size=192, word_embed_proj_dim=192, ffn_dim=768, num_hidden_layers=4,
+            num_attention_heads=4, max_position_embeddings=WINDOW, dropout=0.0, tie_word_embeddings=True,
+            bos_token_id=0, eos_token_id=0, pad_token_id=0, **kwargs))
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=WINDOW, rope_theta=10000.0, rms_norm_eps=1e-5,
@@ -327,13 +339,13 @@ def train(args):
         dist.init_process_group("nccl" if gpu else "gloo")
     AttentionInterface.register("plain", plain_attention)
     torch.manual_seed(args.seed)
-    model = blank_model(attn_implementation="sdpa" if gpu else "plain").to(device)
+    model = blank_model(args.kind, attn_implementation="sdpa" if gpu else "plain").to(device)
     names = [n for n, _ in model.named_parameters()]
     if args.init:
         model.load_state_dict(load_file(args.init / "model.safetensors"), strict=False)
     else:  # output projections start small, so that their sum over the layers does not
         for n, p in model.named_parameters():
-            if n.endswith(("o_proj.weight", "down_proj.weight")):
+            if n.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
                 p.data.mul_(1 / math.sqrt(2 * model.config.num_hidden_layers))
     master = [p.detach().float().clone() for p in model.parameters()]
     weights = list(model.bfloat16().parameters())
@@ -354,7 +366,7 @@ def train(args):
             step, spent, before = (float(file.metadata()[k]) for k in ("step", "tokens", "minutes"))
             step, spent = int(step), int(spent)
 
-    streams = load_file(args.out / "tokens.safetensors")
+    streams = load_file(args.text / "tokens.safetensors")
     seed = args.seed + 1000 + 7 * step  # another order after a resumption
     docs, added = (windows(streams[s], rank, world, seed) for s in ("train", "added"))
     dice = random.Random(seed + rank)
@@ -475,18 +487,18 @@ def round_to_nearest(weight, bits):
 def finish(args):
     """Write --out/final: fp16 model, tokenizer, calibration and held-out tokens, training.json with the perplexity."""
     final = args.out / "final"
-    model = blank_model()
+    model = blank_model(args.kind)
     model.load_state_dict(load_file((args.model or args.out / "second") / "model.safetensors"), strict=False)
     model.half().save_pretrained(final)
-    FastTokenizer.from_pretrained(args.out / "tokenizer").save_pretrained(final)
-    streams = load_file(args.out / "tokens.safetensors")
+    FastTokenizer.from_pretrained(args.text / "tokenizer").save_pretrained(final)
+    streams = load_file(args.text / "tokens.safetensors")
     blocks = {k: s[: len(s) // WINDOW * WINDOW].view(-1, WINDOW) for k, s in streams.items()}
     chosen = torch.randperm(len(blocks["train"]), generator=torch.Generator().manual_seed(args.seed))[:1024]
     save_file({"tokens": blocks["train"][chosen].contiguous()}, final / "calibration.safetensors")
     save_file({"tokens": blocks["heldout"].contiguous()}, final / "heldout.safetensors")
 
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32).eval()  # what a reader will load
-    loss, sizes = nll(model, blocks["heldout"]), json.loads((args.out / "tokens.json").read_text())
+    loss, sizes = nll(model, blocks["heldout"]), json.loads((args.text / "tokens.json").read_text())
     per_byte = sizes["heldout"]["tokens"] / sizes["heldout"]["bytes"] / math.log(2)
     report = {
         "heldout": {"perplexity": math.exp(loss), "bits_per_byte": loss * per_byte, "windows": len(blocks["heldout"]),
@@ -495,7 +507,7 @@ def finish(args):
         "round_to_nearest_perplexity": {},
         "stages": {p.parent.name: json.loads(p.read_text()) for p in sorted(args.out.glob("*/progress.json"))},
         "streams": sizes,
-        "corpus": json.loads((args.out / "corpus.json").read_text()),
+        "corpus": json.loads((args.text / "corpus.json").read_text()),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
     }
@@ -518,6 +530,8 @@ def main():
         "without one there is no added text but comments (default: %(default)s)")
     add("--seed", type=int, default=0, help="of initial weights, order of the text and calibration windows")
     add("--tokenizer", type=Path, help="tokens: take the tokenizer of this folder instead of training one")
+    add("--kind", choices=["llama", "opt"], default="llama", help="train, finish: architecture (default: %(default)s)")
+    add("--text", type=Path, help="train, finish: folder of corpus, tokenizer and tokens (default: OUT)")
     add("--minutes", type=float, default=44, help="train: length of the run (default: %(default)s)")
     add("--init", type=Path, help="train: start from the model.safetensors of this folder (stage 2)")
     add("--resume", action="store_true", help="train: go on from the last saved state; same --minutes, same --init")
@@ -531,6 +545,7 @@ def main():
     args = parser.parse_args()
     defaults = dict(peak=0.8, hold=0.2, added=(0.65, 0.35)) if args.init else dict(peak=1, hold=0.35, added=(0, 0))
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
+    args.text = args.text or args.out
     args.out.mkdir(parents=True, exist_ok=True)
     {"fetch": fetch, "corpus": corpus, "tokens": tokens, "train": train, "finish": finish}[args.step](args)
 

@@ -33,7 +33,8 @@ THREADS["GPTQMODEL_CPU_WORKERS"] = "2"  # the fewest with which GPTQModel starts
 CACHE = dict(TORCHINDUCTOR_CACHE_DIR=str(BUILD / "cache"))  # what a peer compiles is there for its next run
 QUIET = dict(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 os.environ.update(THREADS | CACHE | QUIET)  # for us and for the peers; before torch is imported
-SETTINGS = ("peer", "recipe", "bits", "group_size", "samples", "eval_samples", "seed")  # what tells records apart
+# What tells records apart.
+SETTINGS = ("model", "peer", "recipe", "bits", "group_size", "samples", "eval_samples", "seed")
 
 
 def parse():
@@ -49,6 +50,7 @@ def parse():
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default: 0)")
     parser.add_argument("--eval-samples", type=int, default=128, help="held-out windows to score on (default: 128)")
+    parser.add_argument("--model", type=Path, help="folder that tools/train_reference.py made (default: the bundled)")
     parser.add_argument("--note", help="goes into the record")
     parser.add_argument("--table", action="store_true", help="only print the records")
     args = parser.parse_args()
@@ -56,6 +58,7 @@ def parse():
         parser.error("name a peer, or --table")
     if not args.table and args.recipe not in RECIPES[args.peer]:
         parser.error(f"{args.peer} has the recipes {', '.join(RECIPES[args.peer])}")
+    args.folder, args.model = (args.model or REFERENCE).resolve(), args.model.parent.name if args.model else None
     return args
 
 
@@ -102,7 +105,8 @@ def packages(peer):
 
 def quantize(args):
     "Runs the adapter in the peer's environment; its checkpoint and what it reports."
-    name = f"{args.peer}-{args.recipe}-{args.bits}b-g{args.group_size or 0}-n{args.samples}-s{args.seed}"
+    run = f"{args.bits}b-g{args.group_size or 0}-n{args.samples}-s{args.seed}"
+    name = f"{args.model or 'reference'}-{args.peer}-{args.recipe}-{run}"
     out, job = BUILD / "out" / f"{name}.safetensors", BUILD / "out" / f"{name}.job.json"
     result, python = job.with_suffix(".result"), environment(args.peer)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -118,35 +122,35 @@ def quantize(args):
 def describe(args, out, result):
     "All that an adapter has to know."
     tokens = out.with_suffix(".tokens")
-    draw(args.samples, args.seed, tokens)
+    draw(args, tokens)
     settings = RECIPES[args.peer][args.recipe]
-    paths = dict(model=str(REFERENCE), tokens=str(tokens), out=str(out), result=str(result))
+    paths = dict(model=str(args.folder), tokens=str(tokens), out=str(out), result=str(result))
     keys = ("bits", "group_size", "seed")
     return {k: getattr(args, k) for k in keys} | {"settings": settings, "packages": packages(args.peer)} | paths
 
 
-def draw(samples, seed, path):
+def draw(args, path):
     "The calibration sequences that `aespa_nb.quantize_model` draws with this seed."
     import torch
     from safetensors.torch import save_file
 
     from aespa_nb import load_reference
 
-    calib = load_reference().calib
-    order = torch.randperm(len(calib), generator=torch.Generator().manual_seed(seed))
-    save_file({"tokens": calib[order[:samples]].contiguous()}, path)
+    calib = load_reference(folder=args.folder).calib
+    order = torch.randperm(len(calib), generator=torch.Generator().manual_seed(args.seed))
+    save_file({"tokens": calib[order[: args.samples]].contiguous()}, path)
 
 
 # The score
 
 
 def score(checkpoint, args):
-    "KL, perplexity and top-1 agreement of the bundled model with the checkpoint's weights in it."
+    "KL, perplexity and top-1 agreement of the model with the checkpoint's weights in it."
     from safetensors.torch import load_file
 
     from aespa_nb import evaluate_model, load_reference
 
-    full, model = load_reference(), load_reference().model
+    full, model = load_reference(folder=args.folder), load_reference(folder=args.folder).model
     weights = load_file(checkpoint)
     check(weights, model, args.bits, args.group_size)
     model.load_state_dict(weights, strict=False)
@@ -156,8 +160,12 @@ def score(checkpoint, args):
 
 def check(weights, model, bits, group_size):
     "Exactly the linears of the blocks are rounded, each to at most 2**bits levels in a row's group."
+    from aespa_nb.capture import stacks_of
+    from aespa_nb.families import linears_of
+
     known = set(model.state_dict())
-    rounded = {name for name in known if name.endswith("_proj.weight")}
+    blocks = {f"{path}.{i}": block for path in stacks_of(model) for i, block in enumerate(model.get_submodule(path))}
+    rounded = {f"{path}.{name}.weight" for path, block in blocks.items() for name in linears_of(block)}
     odd = [name for name in weights if name not in known or not (name in rounded or "norm" in name)]
     if odd or not rounded <= set(weights):
         sys.exit(f"not rounded: {sorted(rounded - set(weights))}; should not have changed: {odd}")
@@ -189,7 +197,7 @@ def cpuinfo():
 
 def store(record):
     "Adds the record, in place of one of the same settings; the file is replaced in one step."
-    key = lambda r: [r[k] for k in SETTINGS]
+    key = lambda r: [r.get(k) for k in SETTINGS]
     records = [r for r in read() if key(r) != key(record)] + [record]
     RECORDS.parent.mkdir(exist_ok=True)
     new = RECORDS.with_suffix(".new")
@@ -205,7 +213,8 @@ def line(record):
     "A row of the table."
     grid = f"{record['bits']}  {record['group_size'] or 'row':>4}  {record['seed']}"
     numbers = "  ".join(f"{record[k]:{form}}" for k, form in NUMBERS.items())
-    return f"{record['peer'] + ' ' + record['recipe']:32}  {grid}  {numbers}"
+    what = " ".join(filter(None, (record.get("model"), record["peer"], record["recipe"])))
+    return f"{what:32}  {grid}  {numbers}"
 
 
 NUMBERS = {"kl": "8.5f", "perplexity": "8.3f", "cpu_seconds": "7.1f", "wall_seconds": "7.1f"}
