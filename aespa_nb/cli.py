@@ -15,7 +15,6 @@ import html
 import io
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -33,12 +32,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from .aespa import PRESETS, AespaConfig, QuantReport, quantize_model
 from .bench import bench, bench_summary, random_tokens, shape_config, shape_model
 from .bits import CHOICES, auto_bits, bits_text, check_budget
+from .comparison import Run, compare, comparison_table, drawing, machine, plan_runs, read_records, spread
 from .data import calibration_windows, evaluation_windows, load_reference, shared_warning
 from .evaluate import evaluate_model
 from .export import FORMATS, Exported, check_format, export_model, read_quantized, snap_model
@@ -139,19 +138,6 @@ def _row(name, numel, report, scores) -> dict:
     memory = dict(peak_MiB=report.peak_bytes / 2**20, budget_MiB=report.budget_bytes / 2**20)
     measured = dict(seconds=report.seconds, megabytes=size, bits_per_weight=report.bits_per_weight)
     return dict(method=name, bits=report.config.bits, **scores._asdict(), **measured, **memory)
-
-
-def _machine() -> dict:
-    "What the numbers were measured on."
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers_version,
-        processor=platform.machine(),
-        threads=torch.get_num_threads(),
-        gpu=gpu,
-    )
 
 # %% ../nbs/41_cli.ipynb #ae09141c
 def results_table(rows: list[dict]) -> Table:
@@ -308,7 +294,7 @@ def _run(args, runs) -> dict:
     "How the numbers came about: options, the fields that differ from the defaults, machine."
     options = {k: v for k, v in vars(args).items() if k not in ("command", "run") and not callable(v)}
     changed = [{f.name: str(getattr(c, f.name)) for f in fields(c) if getattr(c, f.name) != f.default} for c in runs]
-    return {"options": options, "configurations": changed, "machine": _machine()}
+    return {"options": options, "configurations": changed, "machine": machine()}
 
 # %% ../nbs/41_cli.ipynb #0fcb9391
 def _quantize(args) -> None:
@@ -369,9 +355,51 @@ def _demo(args) -> None:
 # %% ../nbs/41_cli.ipynb #7e7ba407
 def _compare(args) -> None:
     "`aespa_nb compare`"
-    check_free(args.out)
-    _whole_bits(args)
-    _run_presets(args, *load_model(args.model))
+    model, tokenizer = load_model(args.model)
+    heldout, draw = _pools(args, model, tokenizer)
+    changes = {k: getattr(args, k) for k in ("symmetric", "iterations", "device")} | {"keep": _keep(args.keep)}
+    changes = {k: v for k, v in changes.items() if v is not None}
+    runs = plan_runs(args.presets, args.bits, [g or None for g in args.group_sizes], args.seeds)
+    for run in runs:
+        AespaConfig.preset(run.preset, run.bits, group_size=run.group_size, **changes)  # refused now, not after hours
+    fresh = None if args.model == "reference" else lambda: load_model(args.model)[0]
+    for record in compare(args.out, runs, model, draw, heldout, changes, fresh, not args.quiet):
+        kl = record.get("refused") or f"perplexity {record['perplexity']:8.2f}  KL {record['kl']:.4f}"
+        print(f"  {Run(*(record[k] for k in Run._fields)).name:24s} {kl}", flush=True)
+    records = read_records(args.out)
+    _publish(Path(args.out), f"aespa_nb: {args.model}", _means(records), _run(args, []))
+    print(comparison_table(records))
+    print(f"written to {args.out}: report.html, comparison.svg, results.csv; runs/ holds one record per run")
+
+# %% ../nbs/41_cli.ipynb #c41pools
+def _pools(args, model, tokenizer):
+    "Evaluation tokens, and what draws calibration tokens with a seed; bundled sequences are drawn whole where they fit."
+    args.seed = 0
+    seqlen = _seqlen(args, model, tokenizer, args.calibration, args.evaluation or args.calibration)
+    _, heldout = _tokens(args, model, tokenizer)
+    if args.calibration == "reference" and seqlen == (calib := load_reference().calib).shape[1]:
+        return heldout, drawing(calib, args.samples)
+    return heldout, lambda seed: calibration_windows(args.calibration, tokenizer, args.samples, seqlen, seed).tokens
+
+# %% ../nbs/41_cli.ipynb #c41means
+def _means(records: list[dict]) -> list[dict]:
+    "One row for each preset and format: means over seeds, and half the range of KL."
+    found = {}
+    for r in (r for r in records if "refused" not in r):
+        name = r["preset"] + (f", g{r['group_size']}" if r["group_size"] else "")
+        found.setdefault((name, r["bits"]), []).append(r)
+    mean = lambda rows, key: spread(rows, key)[0] if all(r.get(key) is not None for r in rows) else None
+    keys = ("perplexity", "kl", "top1", "seconds", "cpu_seconds", "bits_per_weight", "peak_MiB")
+    row = lambda rows: {key: mean(rows, key) for key in keys} | dict(kl_spread=spread(rows)[1], seeds=len(rows))
+    return [dict(method=name, bits=bits) | row(rows) for (name, bits), rows in found.items()]
+
+
+def _publish(folder: Path, *results) -> None:
+    "Writes table, figure and report into a folder that exists; each file takes the place of the old one at once."
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
+        write_results(Path(new), *results, {})
+        for file in Path(new).iterdir():
+            os.replace(file, folder / file.name)
 
 # %% ../nbs/41_cli.ipynb #c41expo
 def _size(done: Exported) -> str:
@@ -430,20 +458,30 @@ _TEXT = (
 )
 
 # %% ../nbs/41_cli.ipynb #5f35458a
-def _add_shared(p, out: str | None = None) -> None:
-    "Options of every command that quantizes."
+def _add_text(p) -> None:
+    "What calibrates, what measures."
     p.add_argument("--calibration", default="reference", help=f"text that calibrates: {_TEXT} (default: %(default)s)")
     p.add_argument("--evaluation", help="text that measures; its evaluation split is used (default: as --calibration)")
     p.add_argument("--samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
     p.add_argument("--seqlen", type=int, help="tokens in a sequence (default: the model's length, at most 2048)")
     p.add_argument("--eval-samples", type=int, help="evaluation windows (default: all)")
-    p.add_argument("--group-size", type=int, help="inputs that share a step (default: the whole row)")
+
+# %% ../nbs/41_cli.ipynb #c41addre
+def _add_recipe(p, out: str, default: str | None = None) -> None:
+    "Fields of the configuration; where to work, where to write (`out` says what)."
     p.add_argument("--symmetric", action="store_true", default=None, help="fix the zero-point to the middle code")
-    p.add_argument("--iterations", type=int, help="Adam steps per layer (default: 2000, as in the paper; demo: 500)")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows (default: 0)")
+    p.add_argument("--iterations", type=int, help="learning steps (default: the preset's; demo: 500)")
     p.add_argument("--device", help="where blocks are worked on, e.g. cuda (default: where the model is)")
-    p.add_argument("--out", required=out is None, default=out, help="folder to write; must not exist or be empty")
+    p.add_argument("--out", required=default is None, default=default, help=out)
     p.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_shared(p, out: str | None = None) -> None:
+    "Options of every command that quantizes once."
+    _add_text(p)
+    p.add_argument("--group-size", type=int, help="inputs that share a step (default: the whole row)")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows (default: 0)")
+    _add_recipe(p, "folder to write; must not exist or be empty", out)
 
 # %% ../nbs/41_cli.ipynb #034a68c3
 def _add_bits(p, **bits) -> None:
@@ -452,6 +490,11 @@ def _add_bits(p, **bits) -> None:
     group.add_argument("--bits", type=int, **bits)
     text = "share out this average number of bits per weight by predicted losses, e.g. 3 or 2.5"
     group.add_argument("--auto-bits", type=float, metavar="B", help=text)
+    _add_keep(p)
+
+# %% ../nbs/41_cli.ipynb #c41addke
+def _add_keep(p) -> None:
+    "The option that makes exceptions."
     text = "bits of linears whose name contains PART, 16: left as they are; can be repeated"
     p.add_argument("--keep", action="append", metavar="PART=BITS", help=text)
 
@@ -493,15 +536,19 @@ def _add_quantize(commands) -> None:
     _add_format(p)
     p.set_defaults(run=_quantize)
 
-
-
+# %% ../nbs/41_cli.ipynb #c41addco
 def _add_compare(commands) -> None:
     "`compare`: several presets and bit-widths on one model."
-    text = "Presets side by side on one model."
+    text = "Presets side by side on one model. Call it again with the same --out to go on, or to add runs."
     p = commands.add_parser("compare", help="several presets at several bit-widths", description=text)
     p.add_argument("model", help=_MODEL)
-    _add_many(p)
-    _add_shared(p)
+    p.add_argument("--presets", nargs="+", default=list(PRESETS), help=f"of {', '.join(PRESETS)} (default: all)")
+    p.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="bit-widths (default: %(default)s)")
+    p.add_argument("--group-sizes", type=int, nargs="+", default=[0], help="inputs that share a step; 0: the whole row")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws its calibration windows (default: 0)")
+    _add_keep(p)
+    _add_text(p)
+    _add_recipe(p, out="folder of the records; goes on with those it holds, if they are of the same model and text")
     p.set_defaults(run=_compare)
 
 # %% ../nbs/41_cli.ipynb #c41adde
