@@ -373,7 +373,7 @@ def _compare(args) -> None:
 
 # %% ../nbs/41_cli.ipynb #c41pools
 def _pools(args, model, tokenizer):
-    "Evaluation tokens, and what draws calibration tokens with a seed; bundled sequences are drawn whole where they fit."
+    "Evaluation tokens; what draws calibration tokens with a seed: bundled sequences as they are, where they fit."
     args.seed = 0
     seqlen = _seqlen(args, model, tokenizer, args.calibration, args.evaluation or args.calibration)
     _, heldout = _tokens(args, model, tokenizer)

@@ -2,7 +2,8 @@
 
 Each run quantizes the bundled model on 64 calibration sequences, one CPU thread, and is measured on the first 128
 held-out windows. One JSON record per run goes to nbs/runs/campaign.json; the chapters draw their tables from there.
-`layers` compares the two solvers on the loss of every layer instead, in nbs/runs/layers.json.
+`layers` compares the two solvers on the loss of every layer instead, in nbs/runs/layers.json; `precompute` times the
+same learning with the data in the loop and without, in nbs/runs/precompute.json.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,12 +22,16 @@ import torch
 from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
 from aespa_nb.adaround import adaround
 from aespa_nb.aespa import block_losses
+from aespa_nb.attention import causal_mask, rope_cos_sin
 from aespa_nb.capture import BlockStream, capturing
+from aespa_nb.comparison import write_json
 from aespa_nb.descent import descend
 from aespa_nb.gptq import gptq
 from aespa_nb.gridfit import fit_grid
+from aespa_nb.precompute import AttentionStatistics
+from aespa_nb.relax import AttentionBlock, refined_v_loss
 
-RESULTS, LAYERS = Path("nbs/runs/campaign.json"), Path("nbs/runs/layers.json")
+RESULTS, LAYERS, PRECOMPUTE = (Path(f"nbs/runs/{name}.json") for name in ("campaign", "layers", "precompute"))
 SAMPLES, WINDOWS = 64, 128
 
 # (name, preset, changes): what the ablation chapter compares. The first six change objective and solver alone.
@@ -70,9 +76,7 @@ def load() -> list[dict]:
 
 def save(record: dict) -> None:
     "Adds a record: the file is written beside the old one, then takes its place."
-    new = RESULTS.with_suffix(".new")
-    new.write_text(json.dumps([*load(), record], indent=1))
-    new.replace(RESULTS)
+    write_json(RESULTS, [*load(), record])
 
 
 def run(reference, group, name, bits, group_size, seed, preset, changes) -> dict:
@@ -133,14 +137,46 @@ def compare_solvers(reference, bits: int) -> None:
         rows.append(dict(layer=name, bits=bits, **compare(W, loss, bits)))
         print(*(f"{v:.5g}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True)
     kept = [r for r in json.loads(LAYERS.read_text()) if r["bits"] != bits] if LAYERS.exists() else []
-    new = LAYERS.with_suffix(".new")
-    new.write_text(json.dumps(kept + rows, indent=1))
-    new.replace(LAYERS)
+    write_json(LAYERS, kept + rows)
+
+
+def learning_steps(reference, counts=(1, 2, 4, 8, 16, 32, 64), steps: int = 20) -> None:
+    "Seconds of one learning step of W_V in the first block: with the data, and with its matrix; to PRECOMPUTE."
+    block, config = reference.model.model.layers[0], reference.model.config
+    attention, rows = block.self_attn, []
+    weights = [getattr(attention, f"{x}_proj").weight.detach() for x in "qkvo"]
+    rope = tuple(t.float() for t in rope_cos_sin(256, config.head_dim))
+    counted = config.num_attention_heads, config.num_key_value_heads
+    heads = AttentionBlock(*weights, *counted, rope, causal_mask(256).float())
+    for n in counts:
+        with torch.no_grad():
+            X = block.input_layernorm(reference.model.model.embed_tokens(reference.calib[:n])).mT.contiguous()
+        rows.append(dict(sequences=n, tokens=n * 256, **step_seconds(heads, X, weights[2], steps)))
+        print(*(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
+    write_json(PRECOMPUTE, rows)
+
+
+def step_seconds(heads, X, W, steps: int) -> dict:
+    "The same AdaRound steps on both forms of the V loss; CPU seconds of one step, and of the statistics."
+    seen, n_kv = heads(X), heads.n_kv_heads
+    A = seen.A
+    form = lambda dW: refined_v_loss(dW, X, A, n_kv)
+    statistics = AttentionStatistics(heads.n_heads, n_kv, len(W) // n_kv, W.shape[1], None)
+    batches = zip(*(t.split(1) for t in (X, seen.Q, seen.K, A)))
+    _, once = timed(lambda: [statistics.add(*batch) for batch in batches])
+    loss = statistics.losses()["v"]
+    grid = fit_grid(W, loss.H.mean(0), 2)
+    from_data, data = timed(lambda: adaround(W, grid, form, iterations=steps))
+    split = loss.split(W)
+    by_head = replace(grid, step=grid.step.view(n_kv, -1, 1), zero=grid.zero.view(n_kv, -1, 1))
+    from_matrix, matrix = timed(lambda: adaround(split, by_head, loss, iterations=steps))
+    assert (from_data == from_matrix.view_as(from_data)).float().mean() > 0.99  # the same learning
+    return dict(data=data / steps, precomputed=matrix / steps, statistics=once)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("ablations", "presets", "layers"))
+    parser.add_argument("which", choices=("ablations", "presets", "layers", "precompute"))
     parser.add_argument("--bits", type=int, nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     parser.add_argument("--names", nargs="+", help="only these")
@@ -153,6 +189,8 @@ def main():
         for bits in args.bits or (2, 3):
             compare_solvers(reference, bits)
         return
+    if args.which == "precompute":
+        return learning_steps(reference)
     keys = ("group", "name", "bits", "group_size", "seed")
     for item in plan(args.which):
         wanted = (args.bits, args.seeds, args.names, args.group_sizes)
