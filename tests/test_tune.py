@@ -17,7 +17,7 @@ from aespa_nb.capture import BlockStream, stacks_of
 from aespa_nb.families import linears_of
 from aespa_nb.grid import minmax_grid
 from aespa_nb.notation import AespaError, NumericalError
-from aespa_nb.tune import Scales, norm_weights, tune_scales
+from aespa_nb.tune import Scales, block_error, learn_block, norm_weights, tune_scales
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=32)
 KINDS = {
@@ -249,3 +249,52 @@ def test_nan_is_refused_and_the_block_stays(case):
     with pytest.raises(NumericalError, match="NaN or Inf"):
         tune_scales(c.block, c.grids, c.stream, c.target * float("nan"))
     assert all(torch.equal(p, old[n]) for n, p in c.block.named_parameters())
+
+
+def _scaled(case):
+    "Every linear's weight times one learned factor, which starts at 1."
+    factor = torch.ones((), requires_grad=True)
+    original = {f"{n}.weight": case.block.get_submodule(n).weight.detach().clone() for n in case.grids}
+    return factor, lambda: {n: W * factor for n, W in original.items()}
+
+
+def test_a_step_is_taken_when_the_next_error_is_asked_for(case):
+    case = case("llama")
+    factor, weights = _scaled(case)
+    steps = learn_block(case.block, weights, torch.optim.SGD([factor], lr=0.1), case.stream, case.target, 3, 16)
+    first = next(steps)
+    assert first == pytest.approx(case.error(), rel=1e-4) and factor == 1 and factor.grad != 0
+    grad = factor.grad.clone()
+    next(steps)
+    assert factor.detach() == pytest.approx(1 - 0.1 * float(grad), rel=1e-5)  # the first step has the whole rate
+    assert len(list(steps)) == 1
+
+
+def test_rates_and_penalties_follow_the_share_of_steps_done(case):
+    case = case("llama")
+    factor, weights = _scaled(case)
+    optimizer, shares = torch.optim.SGD([factor], lr=1e-9), []
+    penalty = lambda done: shares.append(done) or 7.0 * factor
+    options = dict(iterations=4, batch_size=16, rate=lambda done: 1 + done, penalty=penalty)
+    rates, grads = [], []
+    for _ in learn_block(case.block, weights, optimizer, case.stream, case.target, **options):
+        rates.append(optimizer.param_groups[0]["lr"])
+        grads.append(float(factor.grad))
+    assert shares == [0, 0.25, 0.5, 0.75] and rates[1:] == pytest.approx([1e-9, 1.25e-9, 1.5e-9])
+    factor, weights = _scaled(case)
+    optimizer = torch.optim.SGD([factor], lr=1e-9)
+    next(learn_block(case.block, weights, optimizer, case.stream, case.target, 1, 16))
+    assert grads[0] == pytest.approx(float(factor.grad) + 7.0, rel=1e-5)
+
+
+def test_block_error_is_the_same_in_any_batches_and_takes_other_weights(case):
+    case = case("opt")
+    errors = []
+    for size in (1, 5, 16):
+        case.stream.batch_size = size
+        errors.append(block_error(case.block, case.stream, case.target))
+    assert errors == pytest.approx([case.error()] * 3, rel=1e-5)
+    name = next(iter(case.grids))
+    other = {f"{name}.weight": torch.zeros_like(case.block.get_submodule(name).weight)}
+    assert block_error(case.block, case.stream, case.target, other) > 1.01 * errors[0]
+    assert block_error(case.block, case.stream, case.target) == errors[-1]  # nothing was changed
