@@ -57,6 +57,11 @@ def load_model(
         return load_reference(dtype or torch.float32)[:2]
     return load_checkpoint(source, dtype, trust_remote_code)
 
+# %% ../nbs/41_cli.ipynb #c41load0
+def _load(args, source: str):
+    "`source` as the options ask."
+    return load_model(source, trust_remote_code=args.trust_remote_code)
+
 # %% ../nbs/41_cli.ipynb #275525db
 @contextlib.contextmanager
 def complete_folder(
@@ -84,10 +89,11 @@ def check_free(target: str | Path) -> Path:
     return target
 
 # %% ../nbs/41_cli.ipynb #24a67b43
-def _file_dtype(source: str, bits: int) -> torch.dtype:
+def _file_dtype(args, bits: int) -> torch.dtype:
     "The type in which a checkpoint stores its weights; float32 where bfloat16 would not tell 8-bit codes apart."
-    folder = files("aespa_nb") / "reference" if source == "reference" else source
-    dtype = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).dtype
+    folder = files("aespa_nb") / "reference" if args.model == "reference" else args.model
+    trusted = getattr(args, "trust_remote_code", False)
+    dtype = AutoConfig.from_pretrained(str(folder), trust_remote_code=trusted).dtype
     fits = isinstance(dtype, torch.dtype) and (dtype != torch.bfloat16 or bits < 8)
     return dtype if fits else torch.float32
 
@@ -98,7 +104,7 @@ def _save(folder: Path, model, report, tokenizer, args, rows: list[dict]) -> Exp
     facts = {"base model": args.model, "calibration": seen, "evaluation": args.evaluation or args.calibration}
     facts |= {"perplexity, full model": rows[0]["perplexity"], "perplexity": rows[-1]["perplexity"]}
     facts |= {"KL to the full model, nats per token": rows[-1]["kl"], "top-1 agreement": rows[-1]["top1"]}
-    options = dict(tokenizer=tokenizer, facts=facts, dtype=_file_dtype(args.model, report.config.bits))
+    options = dict(tokenizer=tokenizer, facts=facts, dtype=_file_dtype(args, report.config.bits))
     try:
         return export_model(model, report, folder, args.format, **options)
     except AespaError as e:
@@ -274,7 +280,7 @@ def _run_presets(args, model, tokenizer, keep=None) -> None:
     names = [(p, b) for b in args.bits for p in args.presets]
     runs = [_config(args, *n, model, calib) for n in names]
     with complete_folder(args.out) as out:
-        options = dict(progress=not args.quiet, dtype=_file_dtype(args.model, max(args.bits)))
+        options = dict(progress=not args.quiet, dtype=_file_dtype(args, max(args.bits)))
         for row, rounded, report in compare_presets(model, calib, heldout, runs, [p for p, _ in names], **options):
             console.print(
                 f"  {row['method']:9s} {row['bits']:2d} bits  perplexity {row['perplexity']:8.2f}  KL {row['kl']:.4f}"
@@ -302,11 +308,11 @@ def _quantize(args) -> None:
     check_free(args.out)
     _whole_bits(args)
     check_format(args.format, args.bits)
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = _load(args, args.model)
     calib, heldout = _tokens(args, model, tokenizer)
     config = _config(args, args.preset, args.bits, model, calib)
     with complete_folder(args.out) as out:
-        dtype, fresh = _file_dtype(args.model, args.bits), lambda: load_model(args.model)[0]
+        dtype, fresh = _file_dtype(args, args.bits), lambda: _load(args, args.model)[0]
         options = dict(progress=not args.quiet, dtype=dtype, fresh=fresh)
         full, last = compare_presets(model, calib, heldout, [config], [args.preset], **options)
         rows, (_, rounded, report) = [full[0], last[0]], last
@@ -322,12 +328,12 @@ def _quantize(args) -> None:
 # %% ../nbs/41_cli.ipynb #d80f6bb3
 def _eval(args) -> None:
     "`aespa_nb eval`"
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = _load(args, args.model)
     if args.tasks:
         for score in run_tasks(model, tokenizer, args.tasks, args.limit, args.shots):
             print(score)
     if args.data or args.reference or not args.tasks:
-        reference = load_model(args.reference)[0] if args.reference else None
+        reference = _load(args, args.reference)[0] if args.reference else None
         _measure(args, model, tokenizer, reference)
 
 
@@ -355,14 +361,14 @@ def _demo(args) -> None:
 # %% ../nbs/41_cli.ipynb #7e7ba407
 def _compare(args) -> None:
     "`aespa_nb compare`"
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = _load(args, args.model)
     heldout, draw = _pools(args, model, tokenizer)
     changes = {k: getattr(args, k) for k in ("symmetric", "iterations", "device")} | {"keep": _keep(args.keep)}
     changes = {k: v for k, v in changes.items() if v is not None}
     runs = plan_runs(args.presets, args.bits, [g or None for g in args.group_sizes], args.seeds)
     for run in runs:
         AespaConfig.preset(run.preset, run.bits, group_size=run.group_size, **changes)  # refused now, not after hours
-    fresh = None if args.model == "reference" else lambda: load_model(args.model)[0]
+    fresh = None if args.model == "reference" else lambda: _load(args, args.model)[0]
     for record in compare(args.out, runs, model, draw, heldout, changes, fresh, not args.quiet):
         kl = record.get("refused") or f"perplexity {record['perplexity']:8.2f}  KL {record['kl']:.4f}"
         print(f"  {Run(*(record[k] for k in Run._fields)).name:24s} {kl}", flush=True)
@@ -525,11 +531,17 @@ def _add_demo(commands) -> None:
 _MODEL = "a model folder, a name on the Hugging Face hub, or: reference (the bundled model)"
 
 
+def _add_model(p) -> None:
+    "What is worked on."
+    p.add_argument("model", help=_MODEL)
+    p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+
+
 def _add_quantize(commands) -> None:
     "`quantize`: one model, one preset, one bit-width."
     text = "Round one model and save it with a report."
     p = commands.add_parser("quantize", help="round one model and save it", description=text)
-    p.add_argument("model", help=_MODEL)
+    _add_model(p)
     _add_bits(p, default=2, help="2 to 8 (default: 2)")
     p.add_argument("--preset", default="best", help=f"one of {', '.join(PRESETS)} (default: best)")
     _add_shared(p)
@@ -541,7 +553,7 @@ def _add_compare(commands) -> None:
     "`compare`: several presets and bit-widths on one model."
     text = "Presets side by side on one model. Call it again with the same --out to go on, or to add runs."
     p = commands.add_parser("compare", help="several presets at several bit-widths", description=text)
-    p.add_argument("model", help=_MODEL)
+    _add_model(p)
     p.add_argument("--presets", nargs="+", default=list(PRESETS), help=f"of {', '.join(PRESETS)} (default: all)")
     p.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="bit-widths (default: %(default)s)")
     p.add_argument("--group-sizes", type=int, nargs="+", default=[0], help="inputs that share a step; 0: the whole row")
@@ -583,7 +595,7 @@ def _add_eval(commands) -> None:
     "`eval`: measure a model."
     text = "Measure a model on held-out text, in windows without overlap unless --stride is given, or on tasks."
     p = commands.add_parser("eval", help="perplexity of a model, KL to another", description=text)
-    p.add_argument("model", help=_MODEL)
+    _add_model(p)
     p.add_argument("--reference", help="the full-precision model to measure KL against")
     p.add_argument("--data", help=f"text that measures: {_TEXT} (default: reference)")
     p.add_argument("--seqlen", type=int, help="tokens in a window (default: the model's length, at most 2048)")

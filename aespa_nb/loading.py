@@ -153,7 +153,7 @@ def _check_source(source: str) -> None:
 def _reason(error: Exception) -> str:
     "One line that says what to do."
     if "trust_remote_code" in str(error):
-        return "it comes with code of its own; read that code, then allow it with trust_remote_code=True"
+        return "it comes with code of its own; read it, then allow it: trust_remote_code=True (--trust-remote-code)"
     if isinstance(error, SafetensorError):
         return f"a shard is damaged ({error}); download it again"
     return str(error).strip().split("\n")[0]

@@ -29,8 +29,9 @@ LIBRARY = ROOT / "aespa_nb"
 
 
 def modules():
-    "The library's modules that exist, lowest rung first."
-    return [m for m in LADDER if (LIBRARY / f"{m}.py").exists()]
+    "The library's modules that exist, lowest rung first; those of a package in the order of their names."
+    inside = lambda rung: sorted(f"{rung}.{p.stem}" for p in (LIBRARY / rung).glob("[a-z]*.py"))
+    return [m for rung in LADDER for m in (inside(rung) or [rung]) if (LIBRARY / f"{m.replace('.', '/')}.py").exists()]
 
 
 def lay_out_sources(app, config):
@@ -46,7 +47,7 @@ def lay_out_sources(app, config):
 
 # --- while a page is read -----------------------------------------------------------------------------------------
 
-NOT_SHOWN = {"hide", "default_exp", "exporti"}
+FOLDED = {"hide", "exporti"}  # setup and internal helpers: one click away, so that what is copied runs
 
 
 def tag_cells(cell):
@@ -55,8 +56,10 @@ def tag_cells(cell):
         return
     d, tags, meta = cell.directives_, set(cell.metadata.get("tags", [])), cell.metadata
     false = {k.rstrip(":") for k, v in d.items() if v and v[0].lower() == "false"}
-    if NOT_SHOWN & d.keys() or "include" in false:
+    if "default_exp" in d or "include" in false:
         tags.add("remove-cell")
+    if FOLDED & d.keys():
+        tags.add("hide-cell" if cell.outputs else "hide-input")
     if "echo" in false:
         tags.add("remove-input")
     if "output" in false:
@@ -81,8 +84,8 @@ def symbols():
     if index.exists():
         exec(index.read_text(), scope)
     syms = scope.get("d", {}).get("syms", {})
-    full = [k for names in syms.values() for k in names if not k.rsplit(".", 1)[-1].startswith("_")]
-    return {k.split(".", 2)[-1]: k for k in full}
+    public = lambda name: not name.rsplit(".", 1)[-1].startswith("_")
+    return {k.removeprefix(f"{m}."): k for m, names in syms.items() for k in names if public(k)}
 
 
 def link_code(cell, syms):
@@ -107,9 +110,9 @@ def module_table():
     "A table of the modules: name, promise, chapter."
     rows = ["| module | what it does | chapter |", "|---|---|---|"]
     for m in modules():
-        text = (LIBRARY / f"{m}.py").read_text(encoding="utf-8")
+        text = (LIBRARY / f"{m.replace('.', '/')}.py").read_text(encoding="utf-8")
         promise = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
-        chapter = re.search(r"File to edit: \.\./nbs/(\w+)\.ipynb", text)
+        chapter = re.search(r"File to edit: (?:\.\./)+nbs/(\w+)\.ipynb", text)
         chapter = f"[{chapter[1]}](../nbs/{chapter[1]}.ipynb)" if chapter else ""
         rows.append(f"| [{m}](generated/{m}.md) | {promise} | {chapter} |")
     toctree = "\n".join(["```{toctree}", ":hidden:", *(f"generated/{m}" for m in modules()), "```"])
