@@ -24,20 +24,6 @@ from ..losses import block_losses
 from ..notation import AespaError, UnsupportedModelError
 from ..tune import BlockTask, Rounded, block_error, learn_block
 
-# %% ../../nbs/23_brecq.ipynb #fbb168ba
-def _fit_grids(task: BlockTask) -> dict[str, Grid]:
-    "The grid of each linear: the search of chapter 03, under the second moments of what the linear reads."
-    found = block_losses(task.model, task.block, task.stream, "layer", task.stream.dtype).losses
-    moments = {name.partition("[")[0]: damp(loss.H) for name, loss in found.items()}  # parts of a linear share one H
-
-    def fit(name, bits):
-        task.announce(name)
-        W = weight_of(task.block, name)
-        H = moments.get(name, torch.eye(W.shape[-1]).to(W))  # not heard: all inputs alike
-        return fit_grid(W, H, bits, task.group_size, task.symmetric)
-
-    return {name: fit(name, bits) for name, bits in task.bits.items()}
-
 # %% ../../nbs/23_brecq.ipynb #a991d0a3
 class BlockRounding:
     "A block's rounding variables: what is between down and up, for each weight of each linear."
@@ -76,7 +62,7 @@ def _entering(task: BlockTask, hidden: Tensor) -> Iterator[None]:
             return
     raise UnsupportedModelError("the block is not one of the model's: its part in the loss can't be measured")
 
-
+# %% ../../nbs/23_brecq.ipynb #47216f6b
 def _sampled_loss(model, sequence: Tensor, generator: torch.Generator) -> Float[Tensor, ""]:
     "Cross-entropy of a sequence against words drawn from the model's own predictions."
     unread = torch.zeros(sequence.shape[:2], dtype=torch.long, device=sequence.device)
@@ -101,6 +87,20 @@ def fisher_importance(
         squares.append(torch.autograd.grad(loss, sequence)[0].float().square().mean((0, 1)))
     importance = torch.stack(squares).mean(0)
     return (importance / importance.mean()).to(task.stream.device, task.stream.dtype)
+
+# %% ../../nbs/23_brecq.ipynb #fbb168ba
+def _fit_grids(task: BlockTask) -> dict[str, Grid]:
+    "The grid of each linear: the search of chapter 03, under the second moments of what the linear reads."
+    found = block_losses(task.model, task.block, task.stream, "layer", task.stream.dtype).losses
+    moments = {name.partition("[")[0]: damp(loss.H) for name, loss in found.items()}  # parts of a linear share one H
+
+    def fit(name, bits):
+        task.announce(name)
+        W = weight_of(task.block, name)
+        H = moments.get(name, torch.eye(W.shape[-1]).to(W))  # not heard: all inputs alike
+        return fit_grid(W, H, bits, task.group_size, task.symmetric)
+
+    return {name: fit(name, bits) for name, bits in task.bits.items()}
 
 # %% ../../nbs/23_brecq.ipynb #15d56394
 def _put(weight: Tensor, W_hat: Tensor, grid: Grid) -> Rounded:
