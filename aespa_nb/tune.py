@@ -21,12 +21,12 @@ from .grid import Grid
 from .notation import AespaError, NumericalError
 
 # %% ../nbs/13c_tune.ipynb #ff4284c0
-def _relative_error(block, parameters, x, y, call, size=None):
+def _relative_error(block, parameters, x, y, call, size=None, importance=1):
     "The squared error of `block`'s output with other `parameters`, relative to `size` (None: that of `y`)."
     args, kwargs = call  # what the block is called with beside `x`
     out = functional_call(block, parameters, (x, *args), kwargs)
     out = out[0] if isinstance(out, tuple) else out
-    return (out - y).pow(2).sum() / (y.pow(2).sum() if size is None else size)
+    return ((out - y).pow(2) * importance).sum() / (y.pow(2).sum() if size is None else size)
 
 # %% ../nbs/13c_tune.ipynb #007709e2
 def norm_weights(block: nn.Module) -> dict[str, Tensor]:
@@ -71,18 +71,23 @@ class Scales:
         return linears | {n: (w * self.factors[n]).to(w.dtype) for n, w in self.norms.items()}
 
 # %% ../nbs/13c_tune.ipynb #3989d065
-def _pass(block, weights, learned, stream, target, batch):
+def _pass(block, weights, learned, stream, target, batch, importance=1):
     "Adds the gradients of the error on the sequences `batch` to `learned`; returns the error."
     part = lambda t, seqs: t[seqs].to(stream.device, stream.dtype)
     size, total = part(target, batch).pow(2).sum(), 0
+    with torch.enable_grad():
+        made = weights()
+    leaves = {n: w.detach().requires_grad_(w.requires_grad) for n, w in made.items()}
     for seqs in batch.split(stream.batch_size):
         x, y, call = part(stream.hidden, seqs), part(target, seqs), stream.arguments(seqs)
         with torch.enable_grad():
-            loss = _relative_error(block, weights(), x, y, call, size)
-            loss.backward(inputs=learned)
+            loss = _relative_error(block, leaves, x, y, call, size, importance)
+            loss.backward(inputs=[w for w in leaves.values() if w.requires_grad])
         total += loss.detach()
     if not torch.isfinite(total):
         raise NumericalError("the block's output error is NaN or Inf: check the streams and the rounded weights")
+    reached = [n for n, w in leaves.items() if w.grad is not None]
+    torch.autograd.backward([made[n] for n in reached], [leaves[n].grad for n in reached], inputs=learned)
     return total.item()
 
 # %% ../nbs/13c_tune.ipynb #c13copts
@@ -94,11 +99,12 @@ def _check_options(stream, target, iterations, lr, batch_size):
         raise AespaError(f"the target {tuple(target.shape)} and the stream {tuple(stream.hidden.shape)} do not fit")
 
 # %% ../nbs/13c_tune.ipynb #c13cpena
+@torch.enable_grad()
 def _add_penalty(penalty, done, learned):
-    "Adds the gradients of the penalty, if there is one."
-    if penalty is not None:
-        with torch.enable_grad():
-            penalty(done).backward(inputs=learned)
+    "Adds the gradients of the penalty, if there is one now."
+    value = None if penalty is None else penalty(done)
+    if value is not None:
+        value.backward(inputs=learned)
 
 
 def _take_step(optimizer, rates):
@@ -119,7 +125,8 @@ def learn_block(
     batch_size: int = 8,  # sequences in a step; `stream.batch_size` of them run together
     seed: int = 0,  # of the order of the sequences
     rate: Callable[[float], float] = lambda done: 1 - done,  # share of the learning rates, after a share of the steps
-    penalty: Callable[[float], Tensor] | None = None,  # added to the error, after a share of the steps
+    penalty: Callable[[float], Tensor | None] | None = None,  # added to the error, after a share of the steps
+    importance: Float[Tensor, " d_model"] | float = 1,  # of each channel's squared error
 ) -> Iterator[float]:  # the relative error before each step, which is taken when the next one is asked for
     "Learns through the block's output, step by step. Raises `NumericalError` if the error is NaN or Inf."
     groups, generator = optimizer.param_groups, torch.Generator().manual_seed(seed)
@@ -128,7 +135,7 @@ def learn_block(
     for i in range(iterations):
         optimizer.zero_grad()
         batch = torch.randperm(len(target), generator=generator)[:batch_size]
-        error = _pass(block, weights, learned, stream, target, batch)
+        error = _pass(block, weights, learned, stream, target, batch, importance)
         _add_penalty(penalty, i / iterations, learned)
         yield error
         _take_step(optimizer, [lr * rate(i / iterations) for lr in rates])

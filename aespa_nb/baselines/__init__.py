@@ -1,0 +1,1 @@
+"""Rival methods under one interface: `name(task: BlockTask, <options>) -> dict[str, Rounded]`."""
