@@ -26,6 +26,8 @@ from transformers import PreTrainedModel
 
 # %% ../nbs/14_aespa.ipynb #bc6704fb
 from .adaround import adaround
+from .baselines.affinequant import affinequant
+from .baselines.omniquant import omniquant
 from .capture import BlockStream, _as_inputs, capturing, stacks_of, zeta_groups
 from .data import check_tokens
 from .descent import best_of_starts, vary_grid
@@ -50,7 +52,10 @@ _CHOICES = {
 }
 
 # %% ../nbs/14_aespa.ipynb #c14method
-METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {}
+METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {
+    "omniquant": omniquant,
+    "affinequant": affinequant,
+}
 
 # %% ../nbs/14_aespa.ipynb #c14ranges
 def _validate_ranges(config) -> None:
@@ -146,6 +151,8 @@ PRESETS = {
     "gptq": dict(objective="layer", grid="hessian", solver="gptq"),
     "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
     "zfold": dict(objective="layer", grid="hessian", solver="gptq", zfold=True),
+    "omniquant": dict(method="omniquant", iterations=200),
+    "affinequant": dict(method="affinequant", iterations=200),
     "aespa": dict(objective="attention", grid="hessian", solver="gptq+adaround"),
     "best": _BEST,
     "max": dict(_BEST, tuning=40),
