@@ -301,6 +301,12 @@ class ClippedLinears:
         clip = lambda n, W: LearnedClip(W, task.bits[n], task.group_size, task.symmetric)
         self.clips = {n: clip(n, W) for n, W in self.full.items()}
 
+    def optimizer(self, lr: float, *rates: float) -> torch.optim.AdamW:
+        "AdamW on each kind of `parameters`, at `rate * lr`; a kind with rate 0 stays."
+        _check_options(self.task.stream, self.task.target, self.task.iterations, lr, 1)
+        kinds = [(p, rate * lr) for p, rate in zip(self.parameters(), rates) if p and rate]
+        return torch.optim.AdamW([{"params": p, "lr": rate} for p, rate in kinds], weight_decay=0)
+
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         "What is learned: the logits of the shares; the logarithms of the scales."
         scales = {id(z): z for z in self.log_zeta.values()}

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.optim import AdamW
 
 from ..losses import survey
 from ..notation import UnsupportedModelError
@@ -91,11 +90,12 @@ def unmix_output(
 class Mixing:
     "A learned matrix for each key-value head of a pair."
 
-    def __init__(self, task: BlockTask, pair: ValuePair):
+    def __init__(self, task: BlockTask, pair: ValuePair, log_zeta: Float[Tensor, " inp"]):
         v, o = task.block.get_submodule(pair.v), task.block.get_submodule(pair.o)
         self.pair, self.W_v, self.W_o = pair, v.weight.detach().clone(), o.weight.detach().clone()
         self.bias = None if v.bias is None else v.bias.detach().clone()
-        self.log_d = self.W_v.new_zeros(pair.rows.shape).requires_grad_()
+        shared = log_zeta.detach().unflatten(0, (len(pair.rows), -1, pair.rows.shape[1])).mean(1)  # by query heads
+        self.log_d = shared.requires_grad_()
         self.off = self.W_v.new_zeros(*pair.rows.shape, pair.rows.shape[1]).requires_grad_()
         self.done = 0.0  # how far the mask has opened, 0 to 1
 
@@ -116,10 +116,12 @@ class AffineLinears(ClippedLinears):
     "`ClippedLinears` behind learned matrices, where they are free."
 
     def __init__(self, task: BlockTask, alpha: float):
-        self.mixings = [Mixing(task, pair) for pair in value_pairs(task)]
-        mixed = {(m.pair.o,) for m in self.mixings}
+        pairs = value_pairs(task)
+        mixed = [(pair.o,) for pair in pairs]
         groups = [names for names in free_groups(task) if names not in mixed]
-        super().__init__(task, free_scales(task, groups, alpha))
+        scales = free_scales(task, groups + mixed, alpha)
+        self.mixings = [Mixing(task, pair, scales.pop(pair.o)) for pair in pairs]
+        super().__init__(task, scales)
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         "What is learned: logits of the shares; logarithms of scales and diagonals; entries beside the diagonals."
@@ -137,9 +139,9 @@ class AffineLinears(ClippedLinears):
         return self.weights(full) | bias
 
 # %% ../../nbs/22_affinequant.ipynb #c552eb42
-def _learn(linears: AffineLinears, groups, batch_size) -> None:
+def _learn(linears: AffineLinears, adam, batch_size) -> None:
     "Learns while the mask opens; it is open after half of the steps."
-    task, adam = linears.task, AdamW(groups, weight_decay=0)
+    task = linears.task
     steps = task.iterations, batch_size, task.seed
     for i, _ in enumerate(learn_block(task.block, linears.all_weights, adam, task.stream, task.target, *steps)):
         for mixing in linears.mixings:
@@ -155,9 +157,7 @@ def affinequant(
 ) -> dict[str, Rounded]:
     "Learned clipping, scales and matrices (AffineQuant, Ma et al. 2024). Rounds the linears of the task in place."
     linears, lr = AffineLinears(task, alpha), task.lr or lr
-    rates = (1, 0.2, 0.1 if mix else 0)
-    groups = [{"params": p, "lr": rate * lr} for p, rate in zip(linears.parameters(), rates) if p and rate]
-    _learn(linears, groups, batch_size)
+    _learn(linears, linears.optimizer(lr, 1, 0.2, 0.1 if mix else 0), batch_size)
     full, bias = linears.changed()
     for name, value in bias.items():
         task.block.get_parameter(name).data.copy_(value)

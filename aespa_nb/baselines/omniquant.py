@@ -6,8 +6,6 @@
 __all__ = ['omniquant']
 
 # %% ../../nbs/21_omniquant.ipynb #200930be
-from torch.optim import AdamW
-
 from ..tune import BlockTask, ClippedLinears, Rounded, free_groups, free_scales, learn_block, put_rounded
 
 # %% ../../nbs/21_omniquant.ipynb #ac7a9610
@@ -19,8 +17,7 @@ def omniquant(
 ) -> dict[str, Rounded]:
     "Learned clipping and per-input scales (OmniQuant, Shao et al. 2024). Rounds the linears of the task in place."
     linears, lr = ClippedLinears(task, free_scales(task, free_groups(task), alpha)), task.lr or lr
-    groups = [{"params": p, "lr": rate * lr} for p, rate in zip(linears.parameters(), (1, 0.2)) if p]
-    adam, steps = AdamW(groups, weight_decay=0), (task.iterations, batch_size, task.seed)
+    adam, steps = linears.optimizer(lr, 1, 0.2), (task.iterations, batch_size, task.seed)
     for _ in learn_block(task.block, linears.weights, adam, task.stream, task.target, *steps):
         pass
     return put_rounded(linears)
