@@ -210,8 +210,8 @@ def straight_through(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return x + (x.round() - x).detach()
 
 # %% ../nbs/13c_tune.ipynb #c13cclip
-class LearnedClip:
-    "A min-max grid with learned ends: the shares sigmoid(`logit`) of how far a row or group reaches below and above 0."
+class _Ends:
+    "Where the grids of a weight end."
 
     def __init__(
         self,
@@ -237,6 +237,10 @@ class LearnedClip:
         middle = torch.full_like(step, 2 ** (self.bits - 1))
         return step, middle if self.symmetric else straight_through(share[0] * low / step)
 
+# %% ../nbs/13c_tune.ipynb #c13ccli2
+class LearnedClip(_Ends):
+    "A min-max grid with learned ends: the shares sigmoid(`logit`) of how far a row or group reaches below and above 0."
+
     def round(self, W: Float[Tensor, "out inp"]) -> Float[Tensor, "out inp"]:
         "The nearest values of the clipped grid; gradients reach `W` and the shares."
         step, zero = (t[..., None] for t in self.ends(W))
@@ -257,7 +261,7 @@ def free_groups(task: BlockTask) -> list[tuple[str, ...]]:
         return []
     return [names for names in groups if all(n in task.bits for n in names)]
 
-
+# %% ../nbs/13c_tune.ipynb #c13crch
 def input_reach(task: BlockTask, names: list[str]) -> dict[str, Float[Tensor, " inp"]]:
     "The largest absolute value of every input of these linears, on the stream of the task."
     reach, block = {}, task.block
@@ -292,8 +296,8 @@ def free_scales(
     return scales
 
 # %% ../nbs/13c_tune.ipynb #c13crnd
-class ClippedLinears:
-    "The linears of a task on learned grids, with learned per-input scales: `round(W / zeta) * zeta`."
+class _LearnedLinears:
+    "What is learned about the linears of a task."
 
     def __init__(self, task: BlockTask, log_zeta: dict[str, Float[Tensor, " inp"]]):
         self.task, self.log_zeta = task, log_zeta  # by linear; a missing one is 0, shared ones are one tensor
@@ -311,6 +315,10 @@ class ClippedLinears:
         "What is learned: the logits of the shares; the logarithms of the scales."
         scales = {id(z): z for z in self.log_zeta.values()}
         return [clip.logit for clip in self.clips.values()], list(scales.values())
+
+# %% ../nbs/13c_tune.ipynb #c13crnd2
+class ClippedLinears(_LearnedLinears):
+    "The linears of a task on learned grids, with learned per-input scales: `round(W / zeta) * zeta`."
 
     def zeta(self, name: str) -> Float[Tensor, " inp"]:
         "The scale of every input of a linear."

@@ -94,8 +94,8 @@ class Mixing:
         v, o = task.block.get_submodule(pair.v), task.block.get_submodule(pair.o)
         self.pair, self.W_v, self.W_o = pair, v.weight.detach().clone(), o.weight.detach().clone()
         self.bias = None if v.bias is None else v.bias.detach().clone()
-        shared = log_zeta.detach().unflatten(0, (len(pair.rows), -1, pair.rows.shape[1])).mean(1)  # by query heads
-        self.log_d = shared.requires_grad_()
+        heads = log_zeta.detach().unflatten(0, (len(pair.rows), -1, pair.rows.shape[1]))
+        self.log_d = heads.mean(1).requires_grad_()  # query heads share it
         self.off = self.W_v.new_zeros(*pair.rows.shape, pair.rows.shape[1]).requires_grad_()
         self.done = 0.0  # how far the mask has opened, 0 to 1
 
@@ -106,8 +106,9 @@ class Mixing:
 
     def changed(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         "The pair's weights in the new basis, by linear; the bias of the values, by its full name."
-        A, pair = self.matrix(), self.pair
-        bias = {} if self.bias is None else {f"{pair.v}.bias": mix_values(self.bias, A, pair.rows)}
+        A, pair, bias = self.matrix(), self.pair, {}
+        if self.bias is not None:
+            bias[f"{pair.v}.bias"] = mix_values(self.bias, A, pair.rows)
         W_v, W_o = mix_values(self.W_v, A, pair.rows), unmix_output(self.W_o, A, pair.n_heads)
         return {pair.v: W_v, pair.o: W_o}, bias
 
