@@ -210,8 +210,8 @@ def straight_through(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return x + (x.round() - x).detach()
 
 # %% ../nbs/13c_tune.ipynb #c13cclip
-class _Ends:
-    "Where the grids of a weight end."
+class _Shares:
+    "How much of its reach every row or group of a weight keeps."
 
     def __init__(
         self,
@@ -222,24 +222,24 @@ class _Ends:
         logit: float = 4.0,  # at the start: sigmoid(4) = 0.982
     ):
         check_bits(bits)
-        groups, dtype = grouped(W, group_size).shape[-2], torch.promote_types(W.dtype, torch.float32)
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
-        shape = (1 if symmetric else 2, len(W), groups)
+        shape = (1 if symmetric else 2, len(W), grouped(W, group_size).shape[-2])
+        dtype = torch.promote_types(W.dtype, torch.float32)
         self.logit = torch.full(shape, float(logit), device=W.device, dtype=dtype, requires_grad=True)
+
+# %% ../nbs/13c_tune.ipynb #c13ccli2
+class LearnedClip(_Shares):
+    "A min-max grid with learned ends: the shares sigmoid(`logit`) of how far a row or group reaches below and above 0."
 
     def ends(self, W: Float[Tensor, "out inp"]) -> tuple[Tensor, Tensor]:
         "Step and zero-point of every group of `W`, with gradients."
         W, share, n = grouped(W, self.group_size), self.logit.sigmoid(), 2**self.bits - 1
         below, above = (-W.amin(-1)).clamp(min=0), W.amax(-1).clamp(min=0)
-        low, high = (torch.maximum(below, above),) * 2 if self.symmetric else (below, above)
-        step = (share[0] * low + share[-1] * high) / n
+        if self.symmetric:
+            below = above = torch.maximum(below, above)
+        step = (share[0] * below + share[-1] * above) / n
         step = torch.where(step > 0, step, 1)
-        middle = torch.full_like(step, 2 ** (self.bits - 1))
-        return step, middle if self.symmetric else straight_through(share[0] * low / step)
-
-# %% ../nbs/13c_tune.ipynb #c13ccli2
-class LearnedClip(_Ends):
-    "A min-max grid with learned ends: the shares sigmoid(`logit`) of how far a row or group reaches below and above 0."
+        return step, torch.full_like(step, (n + 1) / 2) if self.symmetric else straight_through(share[0] * below / step)
 
     def round(self, W: Float[Tensor, "out inp"]) -> Float[Tensor, "out inp"]:
         "The nearest values of the clipped grid; gradients reach `W` and the shares."
