@@ -219,7 +219,7 @@ class _Shares:
         bits: int,  # 2 to 8
         group_size: int | None = None,  # inputs that share a step; None: the whole row
         symmetric: bool = False,  # zero fixed to the middle code, one share for both ends
-        logit: float = 4.0,  # at the start: sigmoid(4) = 0.982
+        logit: float = 2.0,  # at the start: sigmoid(2) = 0.88
     ):
         check_bits(bits)
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
