@@ -26,7 +26,9 @@ from transformers import PreTrainedModel
 
 # %% ../nbs/14_aespa.ipynb #bc6704fb
 from .adaround import adaround
+from .baselines.affinequant import affinequant
 from .baselines.brecq import brecq
+from .baselines.omniquant import omniquant
 from .baselines.signround import signround
 from .capture import BlockStream, _as_inputs, capturing, stacks_of, zeta_groups
 from .data import check_tokens
@@ -52,7 +54,12 @@ _CHOICES = {
 }
 
 # %% ../nbs/14_aespa.ipynb #c14method
-METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {"brecq": brecq, "signround": signround}
+METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {
+    "omniquant": omniquant,
+    "affinequant": affinequant,
+    "brecq": brecq,
+    "signround": signround,
+}
 
 # %% ../nbs/14_aespa.ipynb #c14ranges
 def _validate_ranges(config) -> None:
@@ -145,9 +152,11 @@ def bits_of(config: AespaConfig, name: str) -> int:
 _BEST = dict(objective="gauss-newton", solver="descent", starts=3, correction=0.8, damping=0.05)
 PRESETS = {
     "rtn": dict(objective="layer", grid="minmax", solver="rtn"),
+    "omniquant": dict(method="omniquant", iterations=200),
+    "affinequant": dict(method="affinequant", iterations=200),
     "gptq": dict(objective="layer", grid="hessian", solver="gptq"),
-    "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
     "zfold": dict(objective="layer", grid="hessian", solver="gptq", zfold=True),
+    "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
     "brecq": dict(method="brecq", iterations=300),
     "signround": dict(method="signround", iterations=200),
     "aespa": dict(objective="attention", grid="hessian", solver="gptq+adaround"),
