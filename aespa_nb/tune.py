@@ -135,10 +135,9 @@ def learn_block(
     _check_options(stream, target, iterations, min(rates), batch_size)
     for i in range(iterations):
         optimizer.zero_grad()
-        batch = torch.randperm(len(target), generator=generator)[:batch_size]
-        error = _pass(block, weights, learned, stream, target, batch, importance)
         _add_penalty(penalty, i / iterations, learned)
-        yield error
+        batch = torch.randperm(len(target), generator=generator)[:batch_size]
+        yield _pass(block, weights, learned, stream, target, batch, importance)
         _take_step(optimizer, [lr * rate(i / iterations) for lr in rates])
 
 # %% ../nbs/13c_tune.ipynb #0e41bf8e
