@@ -26,6 +26,8 @@ from transformers import PreTrainedModel
 
 # %% ../nbs/14_aespa.ipynb #bc6704fb
 from .adaround import adaround
+from .baselines.awq import awq
+from .baselines.boa import boa
 from .capture import BlockStream, _as_inputs, capturing, stacks_of, zeta_groups
 from .data import check_tokens
 from .descent import best_of_starts, vary_grid
@@ -46,11 +48,11 @@ from .zfold import zfold
 _CHOICES = {
     "objective": ("layer", "attention", "gauss-newton"),
     "grid": ("minmax", "hessian"),
-    "solver": ("rtn", "gptq", "adaround", "gptq+adaround", "descent"),
+    "solver": ("rtn", "gptq", "adaround", "gptq+adaround", "descent", "boa"),
 }
 
 # %% ../nbs/14_aespa.ipynb #c14method
-METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {}
+METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {"awq": awq}
 
 # %% ../nbs/14_aespa.ipynb #c14ranges
 def _validate_ranges(config) -> None:
@@ -118,7 +120,7 @@ class AespaConfig(_Format, RunConfig):
     objective: str = "attention"  # "attention": the paper's losses for Q, K, V; "gauss-newton"; "layer": tr(dW H dW^T)
     grid: str = "hessian"  # "hessian": search under H; "minmax": full range
     zfold: bool = False  # per-input scales where they are free
-    solver: str = "gptq+adaround"  # "rtn", "gptq", "adaround" (from nearest), "gptq+adaround" or "descent" (from GPTQ)
+    solver: str = "gptq+adaround"  # "rtn", "gptq", "adaround" (from nearest), "gptq+adaround", "descent", "boa"
     starts: int = 1  # grids that the descent starts from, 1 to 6
     correction: float = 0.0  # share of the earlier layers' error to undo: 0 takes the drifted inputs as they are
     tuning: int = 0  # Adam steps on steps and norm weights, through the whole block
@@ -147,6 +149,8 @@ PRESETS = {
     "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
     "zfold": dict(objective="layer", grid="hessian", solver="gptq", zfold=True),
     "aespa": dict(objective="attention", grid="hessian", solver="gptq+adaround"),
+    "awq": dict(method="awq"),
+    "turboboa": dict(objective="attention", grid="hessian", solver="boa", correction=0.5),
     "best": _BEST,
     "max": dict(_BEST, tuning=40),
 }
@@ -231,6 +235,8 @@ def _solve(U, grid, loss, config):
         return grid.codes(U), grid
     if config.solver == "descent":
         return _descend(U, grid, loss, config)
+    if config.solver == "boa":
+        return boa(U, loss.H, grid, loss.G, fit=lambda some: _fit(some, loss.H, config))
     codes, start = gptq(U, loss.H, grid) if config.solver.startswith("gptq") else (None, U)
     return codes if config.solver == "gptq" else _learn(U, grid, loss, start, config), grid
 

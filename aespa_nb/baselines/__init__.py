@@ -1,0 +1,1 @@
+"Rival methods, all given a `BlockTask`; none of them imports another."
