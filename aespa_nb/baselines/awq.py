@@ -98,11 +98,13 @@ def candidate_scales(
     x: Float[Tensor, " inp"],  # mean size of every input
     w: Float[Tensor, " inp"],  # mean size of every column, its row's (or group's) largest being 1
     points: int = 20,  # exponents from 0 to 1
+    divide: bool = True,  # also scales that are divided by the columns' sizes
 ) -> Iterator[Float[Tensor, " inp"]]:
-    "`x^a`, then `x^a / w^(1 - a)`; an input that never fires counts as 1e-4 of the largest."
+    "`x^a`, then with `divide` `x^a / w^(1 - a)`; an input that never fires counts as 1e-4 of the largest."
     x, w = (t.clamp(min=1e-4 * t.max().clamp(min=1e-30)) for t in (x, w))
     powers = torch.linspace(0, 1, points).tolist()
-    for s in itertools.chain((x**a for a in powers), (x**a / w ** (1 - a) for a in powers)):
+    divided = (x**a / w ** (1 - a) for a in powers if divide)
+    for s in itertools.chain((x**a for a in powers), divided):
         yield s / (s.max() * s.min()).sqrt()
 
 # %% ../../nbs/20_awq.ipynb #5f70f80e
@@ -133,11 +135,11 @@ class _Search:
             return self.reader.error(rounded)
         return float(sum(quadratic_loss(W - self.Ws[n], self.H) for n, W in rounded.items()))
 
-# %% ../../nbs/20_awq.ipynb #829776dd
-def _best_scale(search, inputs, points):
+# %% ../../nbs/20_awq.ipynb #c7de4419
+def _best_scale(search, inputs, points, divide):
     "The scale with the least error, on grids of full range."
     w = column_sizes(list(search.Ws.values()), search.task.group_size)
-    tries = list(candidate_scales(inputs.mean_size(), w, points))
+    tries = list(candidate_scales(inputs.mean_size(), w, points, divide))
     full = lambda s: {n: search.grid(n, s) for n in search.Ws}
     return min(tries, key=lambda s: search.error(s, full(s)))
 
@@ -157,6 +159,7 @@ def _clipped(search, s, min_clip):
 def awq(
     task: BlockTask,
     points: int = 20,  # exponents tried, for each kind of scale
+    divide: bool = True,  # two kinds: `x^a`, and the same divided by the columns' sizes
     min_clip: float = 0.5,  # the smallest share of a row's range that is kept; 1: no clipping
     sequences: int = 16,  # on which modules with several linears are judged
 ) -> dict[str, Rounded]:
@@ -167,7 +170,7 @@ def awq(
     for group, inputs in zip(groups, read_inputs(task, groups)):
         task.announce(group.linears[0])
         search = _Search(task, group, inputs, sequences)
-        s = _best_scale(search, inputs, points) if group.free else torch.ones_like(inputs.sizes)
+        s = _best_scale(search, inputs, points, divide) if group.free else torch.ones_like(inputs.sizes)
         grids = _clipped(search, s, min_clip) if min_clip < 1 else {n: search.grid(n, s) for n in search.Ws}
         rounded |= {n: Rounded(grid, 1 / s) for n, grid in grids.items()}
     for n, (grid, zeta) in rounded.items():
