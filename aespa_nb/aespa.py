@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 # %% ../nbs/14_aespa.ipynb #bc6704fb
 from .adaround import adaround
 from .baselines.affinequant import affinequant
+from .baselines.awq import awq
+from .baselines.boa import boa
 from .baselines.brecq import brecq
 from .baselines.omniquant import omniquant
 from .baselines.signround import signround
@@ -50,11 +52,12 @@ from .zfold import zfold
 _CHOICES = {
     "objective": ("layer", "attention", "gauss-newton"),
     "grid": ("minmax", "hessian"),
-    "solver": ("rtn", "gptq", "adaround", "gptq+adaround", "descent"),
+    "solver": ("rtn", "gptq", "adaround", "gptq+adaround", "descent", "boa"),
 }
 
 # %% ../nbs/14_aespa.ipynb #c14method
 METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {
+    "awq": awq,
     "omniquant": omniquant,
     "affinequant": affinequant,
     "brecq": brecq,
@@ -127,7 +130,7 @@ class AespaConfig(_Format, RunConfig):
     objective: str = "attention"  # "attention": the paper's losses for Q, K, V; "gauss-newton"; "layer": tr(dW H dW^T)
     grid: str = "hessian"  # "hessian": search under H; "minmax": full range
     zfold: bool = False  # per-input scales where they are free
-    solver: str = "gptq+adaround"  # "rtn", "gptq", "adaround" (from nearest), "gptq+adaround" or "descent" (from GPTQ)
+    solver: str = "gptq+adaround"  # "rtn", "gptq", "adaround" (from nearest), "gptq+adaround", "descent", "boa"
     starts: int = 1  # grids that the descent starts from, 1 to 6
     correction: float = 0.0  # share of the earlier layers' error to undo: 0 takes the drifted inputs as they are
     tuning: int = 0  # Adam steps on steps and norm weights, through the whole block
@@ -152,10 +155,12 @@ def bits_of(config: AespaConfig, name: str) -> int:
 _BEST = dict(objective="gauss-newton", solver="descent", starts=3, correction=0.8, damping=0.05)
 PRESETS = {
     "rtn": dict(objective="layer", grid="minmax", solver="rtn"),
+    "awq": dict(method="awq"),
     "omniquant": dict(method="omniquant", iterations=200),
     "affinequant": dict(method="affinequant", iterations=200),
     "gptq": dict(objective="layer", grid="hessian", solver="gptq"),
     "zfold": dict(objective="layer", grid="hessian", solver="gptq", zfold=True),
+    "turboboa": dict(objective="attention", grid="hessian", solver="boa", correction=0.5),
     "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
     "brecq": dict(method="brecq", iterations=300),
     "signround": dict(method="signround", iterations=200),
@@ -244,6 +249,8 @@ def _solve(U, grid, loss, config):
         return grid.codes(U), grid
     if config.solver == "descent":
         return _descend(U, grid, loss, config)
+    if config.solver == "boa":
+        return boa(U, loss.H, grid, loss.G, fit=lambda some: _fit(some, loss.H, config))
     codes, start = gptq(U, loss.H, grid) if config.solver.startswith("gptq") else (None, U)
     return codes if config.solver == "gptq" else _learn(U, grid, loss, start, config), grid
 
