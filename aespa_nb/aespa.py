@@ -26,7 +26,11 @@ from transformers import PreTrainedModel
 
 # %% ../nbs/14_aespa.ipynb #bc6704fb
 from .adaround import adaround
+from .baselines.affinequant import affinequant
+from .baselines.awq import awq
+from .baselines.boa import boa
 from .baselines.brecq import brecq
+from .baselines.omniquant import omniquant
 from .baselines.signround import signround
 from .capture import BlockStream, _as_inputs, capturing, stacks_of, zeta_groups
 from .data import check_tokens
@@ -48,11 +52,17 @@ from .zfold import zfold
 _CHOICES = {
     "objective": ("layer", "attention", "gauss-newton"),
     "grid": ("minmax", "hessian"),
-    "solver": ("rtn", "gptq", "adaround", "gptq+adaround", "descent"),
+    "solver": ("rtn", "gptq", "adaround", "gptq+adaround", "descent", "boa"),
 }
 
 # %% ../nbs/14_aespa.ipynb #c14method
-METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {"brecq": brecq, "signround": signround}
+METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {
+    "awq": awq,
+    "omniquant": omniquant,
+    "affinequant": affinequant,
+    "brecq": brecq,
+    "signround": signround,
+}
 
 # %% ../nbs/14_aespa.ipynb #c14ranges
 def _validate_ranges(config) -> None:
@@ -120,7 +130,7 @@ class AespaConfig(_Format, RunConfig):
     objective: str = "attention"  # "attention": the paper's losses for Q, K, V; "gauss-newton"; "layer": tr(dW H dW^T)
     grid: str = "hessian"  # "hessian": search under H; "minmax": full range
     zfold: bool = False  # per-input scales where they are free
-    solver: str = "gptq+adaround"  # "rtn", "gptq", "adaround" (from nearest), "gptq+adaround" or "descent" (from GPTQ)
+    solver: str = "gptq+adaround"  # "rtn", "gptq", "adaround" (from nearest), "gptq+adaround", "descent", "boa"
     starts: int = 1  # grids that the descent starts from, 1 to 6
     correction: float = 0.0  # share of the earlier layers' error to undo: 0 takes the drifted inputs as they are
     tuning: int = 0  # Adam steps on steps and norm weights, through the whole block
@@ -145,9 +155,13 @@ def bits_of(config: AespaConfig, name: str) -> int:
 _BEST = dict(objective="gauss-newton", solver="descent", starts=3, correction=0.8, damping=0.05)
 PRESETS = {
     "rtn": dict(objective="layer", grid="minmax", solver="rtn"),
+    "awq": dict(method="awq"),
+    "omniquant": dict(method="omniquant", iterations=200),
+    "affinequant": dict(method="affinequant", iterations=200),
     "gptq": dict(objective="layer", grid="hessian", solver="gptq"),
-    "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
     "zfold": dict(objective="layer", grid="hessian", solver="gptq", zfold=True),
+    "turboboa": dict(objective="attention", grid="hessian", solver="boa", correction=0.5),
+    "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
     "brecq": dict(method="brecq", iterations=300),
     "signround": dict(method="signround", iterations=200),
     "aespa": dict(objective="attention", grid="hessian", solver="gptq+adaround"),
@@ -235,6 +249,8 @@ def _solve(U, grid, loss, config):
         return grid.codes(U), grid
     if config.solver == "descent":
         return _descend(U, grid, loss, config)
+    if config.solver == "boa":
+        return boa(U, loss.H, grid, loss.G, fit=lambda some: _fit(some, loss.H, config))
     codes, start = gptq(U, loss.H, grid) if config.solver.startswith("gptq") else (None, U)
     return codes if config.solver == "gptq" else _learn(U, grid, loss, start, config), grid
 
@@ -362,31 +378,48 @@ def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[di
     return results, most, notes
 
 # %% ../nbs/14_aespa.ipynb #c14whole
-def _nearest(block, bits, config, prefix) -> dict[str, Tensor]:
-    "Round-to-nearest weights of the linears in `bits`. Raises `UnsupportedModelError` for what is no `nn.Linear`."
-    for name in bits:
+def _nearest(block, bits, config, prefix) -> dict[str, tuple[Grid, Tensor]]:
+    "Grid and round-to-nearest weight of each linear in `bits`. Raises `UnsupportedModelError` for no `nn.Linear`."
+    found = {}
+    for name, b in bits.items():
         module = dict(block.named_modules()).get(name)
         if not isinstance(module, nn.Linear):
             way = "use a preset that works layer by layer, such as best, or keep it with --keep"
             raise UnsupportedModelError(f"{prefix}{name} is no nn.Linear, and {config.method} knows no other: {way}")
-    nearest = lambda W, b: minmax_grid(W, b, config.group_size, config.symmetric).round(W)
-    return {f"{name}.weight": nearest(weight_of(block, name), b) for name, b in bits.items()}
+        grid = minmax_grid(module.weight, b, config.group_size, config.symmetric)
+        found[name] = grid, grid.round(module.weight)
+    return found
+
+
+def _put_nearest(block, nearest) -> dict[str, Rounded]:
+    "Writes them into the block."
+    for name, (_, W_hat) in nearest.items():
+        block.get_submodule(name).weight.copy_(W_hat)
+    return {name: Rounded(grid, W_hat.new_ones(W_hat.shape[1])) for name, (grid, W_hat) in nearest.items()}
+
+# %% ../nbs/14_aespa.ipynb #c14whol3
+def _whole(model, block, bits, stream, target, config, announce) -> dict[str, Rounded]:
+    "What the configured method makes of the block."
+    given = {k: getattr(config, k) for k in ("group_size", "symmetric", "iterations", "lr", "seed")}
+    return METHODS[config.method](BlockTask(model, block, bits, stream, target, announce=announce, **given))
 
 # %% ../nbs/14_aespa.ipynb #c14whol2
 def _quantize_whole(model, block, streams, config, announce, prefix) -> tuple[dict[str, LayerResult], int, list[str]]:
     "Rounds `block` by one of `METHODS`, in place. The losses in the results are the relative error of its output."
-    start, (stream, full) = time.perf_counter(), streams
+    start, (stream, full), notes = time.perf_counter(), streams, []
     full.run(block, keep=True)
     bits = {name: bits_of(config, prefix + name) for name in linears_of(block)}
     bits = {name: b for name, b in bits.items() if b != 16}
-    rtn = block_error(block, stream, full.hidden, _nearest(block, bits, config, prefix))
-    given = {k: getattr(config, k) for k in ("group_size", "symmetric", "iterations", "lr", "seed")}
-    task = BlockTask(model, block, bits, stream, full.hidden, announce=announce, **given)
-    rounded = METHODS[config.method](task) if bits else {}
-    error, seconds = block_error(block, stream, full.hidden), (time.perf_counter() - start) / max(1, len(bits))
-    cpu = lambda g: replace(g, step=g.step.cpu(), zero=g.zero.cpu())
-    store = lambda n, r: LayerResult(cpu(r.grid), r.zeta.cpu(), block, n, rtn, error, seconds)
-    return {n: store(n, r) for n, r in rounded.items()}, 0, []
+    nearest = _nearest(block, bits, config, prefix)
+    rtn = block_error(block, stream, full.hidden, {f"{n}.weight": W_hat for n, (_, W_hat) in nearest.items()})
+    rounded = _whole(model, block, bits, stream, full.hidden, config, announce) if bits else {}
+    error = block_error(block, stream, full.hidden)
+    if not error <= rtn:
+        notes.append(f"{config.method} left {error:.3g} of the output, round-to-nearest {rtn:.3g}: that is kept")
+        rounded, error = _put_nearest(block, nearest), rtn
+    cpu, seconds = lambda g: replace(g, step=g.step.cpu(), zero=g.zero.cpu()), time.perf_counter() - start
+    store = lambda n, r: LayerResult(cpu(r.grid), r.zeta.cpu(), block, n, rtn, error, seconds / len(bits))
+    return {n: store(n, r) for n, r in rounded.items()}, 0, notes
 
 # %% ../nbs/14_aespa.ipynb #800752d4
 def _private_bytes() -> int:

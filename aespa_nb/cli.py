@@ -380,12 +380,18 @@ def _compare(args) -> None:
 # %% ../nbs/41_cli.ipynb #c41pools
 def _pools(args, model, tokenizer):
     "Evaluation tokens; what draws calibration tokens with a seed: bundled sequences as they are, where they fit."
-    args.seed = 0
-    seqlen = _seqlen(args, model, tokenizer, args.calibration, args.evaluation or args.calibration)
-    _, heldout = _tokens(args, model, tokenizer)
+    source = args.evaluation or args.calibration
+    seqlen = _seqlen(args, model, tokenizer, args.calibration, source)
+    heldout = evaluation_windows(source, tokenizer, seqlen, args.eval_samples)
+    windows = lambda seed: calibration_windows(args.calibration, tokenizer, args.samples, seqlen, seed)
+    draw, said = lambda seed: windows(seed).tokens, str((first := windows(0)).origin)
     if args.calibration == "reference" and seqlen == (calib := load_reference().calib).shape[1]:
-        return heldout, drawing(calib, args.samples)
-    return heldout, lambda seed: calibration_windows(args.calibration, tokenizer, args.samples, seqlen, seed).tokens
+        draw, said = drawing(calib, args.samples), f"{args.samples} of the bundled sequences of {seqlen} tokens"
+    args.text = dict(calibration=said, evaluation=str(heldout.origin), warning=shared_warning(first, heldout))
+    print(f"calibration: {said}; each seed draws anew\nevaluation: {heldout.origin}")
+    if args.text["warning"]:
+        print(f"aespa_nb: warning: {args.text['warning']}", file=sys.stderr)
+    return heldout.tokens, draw
 
 # %% ../nbs/41_cli.ipynb #c41means
 def _means(records: list[dict]) -> list[dict]:

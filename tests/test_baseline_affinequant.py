@@ -1,0 +1,246 @@
+"AffineQuant: the function stays, the matrices stay invertible, without them it is OmniQuant."
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from aespa_nb.aespa import AespaConfig, quantize_model
+from aespa_nb.baselines.affinequant import AffineLinears, affinequant, dominant, gradual_mask, mix_values, unmix_output
+from aespa_nb.baselines.omniquant import omniquant
+from aespa_nb.capture import BlockStream, capturing, stacks_of
+from aespa_nb.families import linears_of
+from aespa_nb.grid import minmax_grid
+from aespa_nb.notation import AespaError, NumericalError
+from aespa_nb.tune import BlockTask, block_error
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
+    "mha": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48, attention_bias=True)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
+    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=48)),  # q, k, v in one linear
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
+}
+PAIRS = {
+    "llama": ("self_attn.v_proj", "self_attn.o_proj"),
+    "mha": ("self_attn.v_proj", "self_attn.o_proj"),
+    "opt": ("self_attn.v_proj", "self_attn.out_proj"),
+    "neox": ("attention.query_key_value", "attention.dense"),
+    "bloom": ("self_attention.query_key_value", "self_attention.dense"),
+}
+TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
+
+
+def small(kind, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = KINDS[kind]().eval().requires_grad_(False).to(dtype)
+    for block in model.get_submodule(stacks_of(model)[0]):
+        for p in block.parameters():  # random blocks add little to the stream: make them speak
+            p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
+    return model
+
+
+@pytest.fixture
+def task():
+    with contextlib.ExitStack() as stack:
+
+        def make(kind="llama", bits=2, dtype=torch.float32, **options):
+            model = small(kind, dtype)
+            stack.enter_context(capturing(model))
+            block = model.get_submodule(stacks_of(model)[0])[0]
+            stream, full = (stack.enter_context(contextlib.closing(BlockStream(model, TOKENS))) for _ in range(2))
+            full.run(block, keep=True)
+            options, names = {"iterations": 40, **options}, linears_of(block)
+            return BlockTask(model, block, dict.fromkeys(names, bits), stream, full.hidden, **options)
+
+        yield make
+
+
+def randomize(linears, size=0.05):
+    "Random matrices, open masks."
+    generator = torch.Generator().manual_seed(1)
+    for m in linears.mixings:
+        m.done = 1.0
+        m.off.data = size * torch.randn(m.off.shape, generator=generator).to(m.off)
+        m.log_d.data = 0.3 * torch.randn(m.log_d.shape, generator=generator).to(m.log_d)
+
+
+def rtn_error(task):
+    weight = lambda n: task.block.get_submodule(n).weight
+    nearest = lambda W, b: minmax_grid(W, b, task.group_size, task.symmetric).round(W)
+    rounded = {f"{n}.weight": nearest(weight(n), b) for n, b in task.bits.items()}
+    return block_error(task.block, task.stream, task.target, rounded)
+
+
+def check_codes(task, rounded):
+    assert rounded.keys() == task.bits.keys()
+    for n, (grid, zeta) in rounded.items():
+        W = task.block.get_submodule(n).weight
+        step, zero = grid.expand(W.shape[1])
+        codes = W / zeta / step + zero
+        assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert codes.round().min() >= 0 and codes.round().max() <= grid.max_code
+        assert grid.step.shape[-1] == (W.shape[1] // task.group_size if task.group_size else 1)
+        assert not task.symmetric or (grid.zero == 2 ** (grid.bits - 1)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_function_stays(task, kind):
+    t = task(kind, dtype=torch.float64)
+    linears = AffineLinears(t, 0.25)
+    assert [(m.pair.v, m.pair.o) for m in linears.mixings] == [PAIRS[kind]]
+    randomize(linears)
+    full, bias = linears.changed()
+    changed = {f"{n}.weight": W.detach() for n, W in full.items()} | {n: b.detach() for n, b in bias.items()}
+    assert all(not torch.allclose(W, t.block.get_parameter(n), rtol=0.01) for n, W in changed.items())
+    assert block_error(t.block, t.stream, t.target, changed) < (1e-12 if kind in ("llama", "mha", "neox") else 1e-20)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "neox"])
+def test_heads_that_share_values_share_a_matrix(task, kind):
+    "A and its inverse cancel, slowly: one head at a time."
+    linears = AffineLinears(task(kind, dtype=torch.float64), 0.25)
+    randomize(linears)
+    (m,), (full, _) = linears.mixings, linears.changed()
+    A, d, per = m.matrix(), m.pair.rows.shape[1], m.pair.n_heads // len(m.pair.rows)
+    W_v, W_o = (full[n].detach() for n in (m.pair.v, m.pair.o))
+    for h in range(m.pair.n_heads):
+        kv, cols = h // per, slice(h * d, h * d + d)
+        rows = m.pair.rows[kv]
+        assert_close(W_v[rows], (A[kv] @ m.W_v[rows]).detach(), rtol=1e-10, atol=1e-12)
+        assert_close(W_o[:, cols] @ W_v[rows], m.W_o[:, cols] @ m.W_v[rows], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_rows_are_always_dominant(share):
+    for scale in (0.0, 1e-3, 1.0, 1e6):
+        off = scale * torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        A = dominant(torch.linspace(-3, 3, 8, dtype=torch.float64).expand(5, 8), off * gradual_mask(8, 1.0), share)
+        diagonal = A.diagonal(dim1=-2, dim2=-1)
+        rest = A.abs().sum(-1) - diagonal
+        assert (rest <= share * diagonal * (1 + 1e-12)).all() and (diagonal > 0).all()
+        bound = 1 / (1 - share) / diagonal.amin(-1)  # Varah: largest absolute row sum of the inverse
+        assert (torch.linalg.inv(A).abs().sum(-1).amax(-1) <= bound * (1 + 1e-9)).all()
+
+
+def test_the_mask_opens_as_a_band():
+    assert not gradual_mask(6, 0.0).any()
+    assert torch.equal(gradual_mask(6, 1.0), ~torch.eye(6, dtype=torch.bool))
+    half = gradual_mask(6, 0.5)
+    assert half[0].tolist() == [False, True, True, True, False, False] and torch.equal(half, half.T)
+
+
+def test_dominance_holds_after_each_step(task, monkeypatch):
+    from aespa_nb.baselines import affinequant as module
+
+    seen, plain = [], module.dominant
+    spy = lambda *args: seen.append(plain(*args)) or seen[-1]
+    monkeypatch.setattr(module, "dominant", spy)
+    affinequant(task(iterations=20), lr=5.0)
+    assert len(seen) == 21
+    for A in seen:
+        diagonal = A.detach().diagonal(dim1=-2, dim2=-1)
+        assert (A.detach().abs().sum(-1) <= 1.9001 * diagonal).all()
+    assert torch.equal(seen[0].detach().count_nonzero((-2, -1)), torch.tensor([8, 8]))
+
+
+@pytest.mark.parametrize("kind", ["mha", "opt"])
+def test_without_the_matrix_it_is_omniquant(task, kind):
+    "Diagonal matrices are per-input scales of the output projection."
+    one, other = task(kind, iterations=12), task(kind, iterations=12)
+    omni = omniquant(one, alpha=0.25)
+    affine = affinequant(other, alpha=0.25, mix=False)
+    o, v = PAIRS[kind][1], PAIRS[kind][0]
+    ours, theirs = (block_error(t.block, t.stream, t.target) for t in (other, one))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert_close(omni[v].grid.zero, affine[v].grid.zero)
+    ratio = (one.block.get_submodule(v).weight / other.block.get_submodule(v).weight).nanmedian(1).values
+    assert_close(other.block.get_submodule(o).weight / ratio, one.block.get_submodule(o).weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_better_than_nearest_at_two_bits(task, kind):
+    t = task(kind)
+    rtn, rounded = rtn_error(t), affinequant(t)
+    assert block_error(t.block, t.stream, t.target) < 0.8 * rtn
+    check_codes(t, rounded)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits, group_size", [(2, 8), (3, None), (4, 16)])
+def test_codes_are_on_the_grid(task, bits, group_size, symmetric):
+    t = task("mha", bits, group_size=group_size, symmetric=symmetric, iterations=5)
+    check_codes(t, affinequant(t))
+
+
+def test_what_is_kept_stays(task):
+    said = []
+    t = task("mha", announce=said.append)
+    del t.bits["self_attn.o_proj"]
+    old = copy.deepcopy(t.block.state_dict())
+    check_codes(t, affinequant(t))
+    assert torch.equal(t.block.self_attn.o_proj.weight, old["self_attn.o_proj.weight"])
+    assert torch.equal(t.block.self_attn.v_proj.bias, old["self_attn.v_proj.bias"])
+    assert said[0].startswith("per-input scales only")
+
+
+def test_same_seed_same_weights(task):
+    runs = []
+    for seed in (0, 0, 1):
+        t = task(seed=seed, iterations=10)
+        affinequant(t)
+        runs.append(torch.cat([p.flatten() for p in t.block.parameters()]))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("options", [dict(lr=-1.0), dict(iterations=0)])
+def test_bad_options_are_refused_and_the_block_stays(task, options):
+    t = task("mha", **options)
+    old = copy.deepcopy(t.block.state_dict())
+    with pytest.raises(AespaError, match="needs"):
+        affinequant(t)
+    assert all(torch.equal(v, old[k]) for k, v in t.block.state_dict().items())
+
+
+def test_nan_and_groups_that_do_not_fit_are_refused(task):
+    t = task()
+    t.target = t.target * float("nan")
+    with pytest.raises(NumericalError, match="NaN or Inf"):
+        affinequant(t)
+    with pytest.raises(AespaError, match="does not divide"):
+        affinequant(task(group_size=7))
+
+
+@pytest.mark.parametrize("kind", ["llama", "neox"])
+def test_the_preset_rounds_a_model(kind):
+    model = small(kind)
+    report = quantize_model(model, TOKENS, AespaConfig.preset("affinequant", 3, iterations=5))
+    assert len(report.layers) == sum(len(linears_of(b)) for b in model.get_submodule(stacks_of(model)[0]))
+    for r in report.layers.values():
+        assert_close(r.grid.values(r.W_int.float()) * r.zeta, r.weight, rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(model(TOKENS).logits).all()
+
+
+def test_mixing_and_unmixing_are_inverse():
+    generator = torch.Generator().manual_seed(0)
+    A = torch.eye(4).double() + 0.1 * torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
+    W = torch.randn(6, 16, generator=generator, dtype=torch.float64)
+    assert_close(unmix_output(unmix_output(W, A, 4), torch.linalg.inv(A), 4), W)
+    rows, W_v = torch.tensor([[8, 9, 2, 3], [0, 1, 4, 5]]), torch.randn(10, 3, generator=generator).double()
+    mixed = mix_values(W_v, A, rows)
+    assert torch.equal(mixed[6:8], W_v[6:8])
+    assert_close(mix_values(mixed, torch.linalg.inv(A), rows), W_v)
+    assert_close(mix_values(W_v[:, 0], A, rows), mixed[:, 0])

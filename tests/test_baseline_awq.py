@@ -1,0 +1,222 @@
+"AWQ: its limits, its search against brute force, free scales that are free, grids, and what it gains."
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from aespa_nb.aespa import AespaConfig, quantize_model
+from aespa_nb.baselines.awq import Group, Reader, awq, candidate_scales, column_sizes, read_inputs, scale_groups
+from aespa_nb.capture import BlockStream, stacks_of, zeta_groups
+from aespa_nb.families import linears_of
+from aespa_nb.grid import minmax_grid
+from aespa_nb.gridfit import fit_grid
+from aespa_nb.notation import AespaError, UnsupportedModelError
+from aespa_nb.tune import BlockTask, block_error
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
+    "mha": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48, attention_bias=True)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
+    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=48)),
+}
+TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
+NO_SCALES = dict(points=1, divide=False)
+
+
+def small(kind):
+    torch.manual_seed(0)
+    model = KINDS[kind]().eval().requires_grad_(False)
+    for block in model.get_submodule(stacks_of(model)[0]):
+        for p in block.parameters():  # random blocks add little to the stream: make them speak
+            p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
+        for norm in (m for n, m in block.named_modules() if n.endswith("norm")):
+            norm.weight *= 1 + 4 * torch.rand(32) ** 4  # some inputs are larger than others
+    return model
+
+
+@pytest.fixture
+def task():
+    with contextlib.ExitStack() as stack:
+
+        def make(kind="llama", bits=2, **options):
+            model = small(kind)
+            block = model.get_submodule(stacks_of(model)[0])[0]
+            streams = [stack.enter_context(contextlib.closing(BlockStream(model, TOKENS))) for _ in range(2)]
+            streams[1].run(block, keep=True)
+            given = {n: bits for n in linears_of(block)}, streams[0], streams[1].hidden
+            return BlockTask(model, block, *given, **options)
+
+        yield make
+
+
+def weight(task, name):
+    return task.block.get_submodule(name).weight
+
+
+def nearest(task):
+    grid = lambda W, b: minmax_grid(W, b, task.group_size, task.symmetric)
+    return {f"{n}.weight": grid(weight(task, n), b).round(weight(task, n)) for n, b in task.bits.items()}
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_without_scales_and_clipping_it_is_nearest(task, kind, group_size, symmetric):
+    t = task(kind, group_size=group_size, symmetric=symmetric)
+    expected = nearest(t)
+    rounded = awq(t, **NO_SCALES, min_clip=1)
+    for n, W in expected.items():
+        assert torch.equal(t.block.get_parameter(n), W)
+    assert all((r.zeta == 1).all() for r in rounded.values())
+
+
+def test_clipping_alone_is_the_grid_search(task):
+    t = task("opt")
+    (group,) = [g for g in scale_groups(t) if g.linears == ("fc1",)]
+    (inputs,) = read_inputs(t, [group])
+    expected = fit_grid(weight(t, "fc1"), inputs.gram.mean(), 2, n_clip=20, min_clip=0.5)
+    found = awq(t, **NO_SCALES)["fc1"].grid
+    assert_close(found.step, expected.step) and assert_close(found.zero, expected.zero)
+
+
+@pytest.mark.parametrize("divide", [False, True])
+def test_the_search_equals_brute_force_on_uncorrelated_inputs(task, divide):
+    "With a diagonal H the loss is a sum over weights, written out here."
+    t, name, sizes = task("opt"), "fc1", 1 + torch.arange(32.0)
+    W = weight(t, name).clone()
+    alone = torch.diag(sizes).repeat(2, 1)  # in place of a batch of 4 sequences of 16 tokens
+    t.block.fc1.register_forward_pre_hook(lambda module, args: (alone,))
+    t.bits = {name: 2}
+    best, least = None, float("inf")
+    w = (W.abs() / W.abs().amax(1, keepdim=True)).mean(0)
+    for a, kind in itertools.product(torch.linspace(0, 1, 20).tolist(), (0, 1)[: 1 + divide]):
+        s = (sizes / 32) ** a / (w ** (1 - a) if kind else 1)
+        error = minmax_grid(W * s, 2).round(W * s) / s - W
+        loss = float((error**2 * sizes**2).sum())
+        best, least = (s, loss) if loss < least else (best, least)
+    zeta = awq(t, divide=divide)[name].zeta
+    assert_close(zeta * best / (zeta * best)[0], torch.ones(32))
+
+
+def test_scales_are_powers_of_sizes():
+    x, w = torch.tensor([1.0, 4.0, 16.0, 0.0]), torch.tensor([0.5, 0.5, 1.0, 1.0])
+    scales = list(candidate_scales(x, w, 3))
+    assert len(scales) == 6 and len(list(candidate_scales(x, w, 3, divide=False))) == 3
+    assert_close(scales[0], torch.ones(4))
+    assert_close(scales[1][2] / scales[1][0], torch.tensor(4.0))
+    assert_close(scales[2][1] / scales[2][0], torch.tensor(4.0)) and assert_close(scales[5], scales[2])
+    assert_close(scales[4][2] / scales[4][0], torch.tensor(4 * 0.5**0.5))
+    assert all((s > 0).all() and s.isfinite().all() for s in scales)
+
+
+def test_column_sizes():
+    W = torch.tensor([[1.0, -2.0, 0.0, 4.0], [0.0, 0.0, -3.0, 1.0]])
+    assert_close(column_sizes([W]), torch.tensor([0.125, 0.25, 0.5, 2 / 3]))
+    assert_close(column_sizes([W, W], 2), torch.tensor([0.25, 0.5, 0.5, 2 / 3]))
+    assert (column_sizes([torch.zeros(2, 4)]) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mha", "opt"])
+def test_free_scales_are_free(task, kind):
+    t = task(kind)
+    for source, names in zeta_groups(t.model):
+        s, before = torch.rand(weight(t, names[0]).shape[1]) + 0.5, block_error(t.block, t.stream, t.target)
+        for n in names:
+            weight(t, n).mul_(s)
+        module = t.block.get_submodule(source)
+        for p in (module.weight, getattr(module, "bias", None)):
+            if p is not None:
+                p.div_(s if p.ndim == 1 else s[:, None])
+        assert block_error(t.block, t.stream, t.target) < before + 1e-9
+
+
+def test_groups(task):
+    groups = scale_groups(task("llama"))
+    assert [g.reader for g in groups] == ["self_attn", "mlp", "mlp.down_proj", "self_attn.o_proj"]
+    assert [g.free for g in groups] == [True, True, True, False]  # o_proj: heads share values
+    assert Group(("a", "b"), True).reader == ""
+    t = task("opt")
+    del t.bits["self_attn.k_proj"]
+    assert scale_groups(t)[0].linears == ("self_attn.q_proj", "self_attn.v_proj")
+    assert len(awq(t, points=2)) == 5
+
+
+@pytest.mark.parametrize("name", ["self_attn", "mlp", ""])
+def test_a_reader_sees_what_the_block_does(task, name):
+    t = task("llama")
+    reader = Reader(t, name, sequences=6)
+    inside = {n: weight(t, n) for n in t.bits if n.startswith(name)}
+    assert len(reader.calls) == 2 and reader.error(inside) < 1e-6  # batches of 4
+    assert reader.error({n: W * 1.1 for n, W in inside.items()}) > 1e-3
+    if not name:
+        error = block_error(t.block, t.stream, t.target, nearest(t))
+        rounded = {n.removesuffix(".weight"): W for n, W in nearest(t).items()}
+        found = Reader(t, "", sequences=16).error(rounded) / float(t.target.square().sum())
+        assert found == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mha", "opt"])
+def test_better_than_nearest_at_two_bits(task, kind):
+    t = task(kind)
+    rtn = block_error(t.block, t.stream, t.target, nearest(t))
+    awq(t)
+    assert block_error(t.block, t.stream, t.target) < 0.8 * rtn
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits, group_size", [(2, 8), (3, None), (4, 16)])
+def test_weights_are_on_their_grids(task, bits, group_size, symmetric):
+    t = task("llama", bits, group_size=group_size, symmetric=symmetric)
+    rounded = awq(t, points=5)
+    assert rounded.keys() == t.bits.keys()
+    for n, (grid, zeta) in rounded.items():
+        W = weight(t, n)
+        step, zero = grid.expand(W.shape[1])
+        codes = W / zeta / step + zero
+        assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert codes.round().min() >= 0 and codes.round().max() <= 2**bits - 1 == grid.max_code
+        assert grid.step.shape[1] == (W.shape[1] // group_size if group_size else 1) and (zeta > 0).all()
+        assert not symmetric or (grid.zero == 2 ** (bits - 1)).all()
+    for _, names in zeta_groups(t.model):
+        assert all(torch.equal(rounded[names[0]].zeta, rounded[n].zeta) for n in names)
+    assert any((r.zeta != 1).any() for r in rounded.values()) and (rounded["self_attn.o_proj"].zeta == 1).all()
+
+
+def test_runs_repeat_and_only_linears_change(task):
+    found = []
+    for _ in range(2):
+        t = task("opt")
+        kept = {n: p.clone() for n, p in t.block.named_parameters()}
+        awq(t, points=4)
+        assert all(
+            torch.equal(p, kept[n]) != (n.removesuffix(".weight") in t.bits and p.ndim == 2)
+            for n, p in t.block.named_parameters()
+        )
+        found.append(torch.cat([p.flatten() for p in t.block.parameters()]))
+    assert torch.equal(*found)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in t.block.modules())
+
+
+def test_what_cannot_work_is_refused(task):
+    for change in (dict(points=0), dict(min_clip=0), dict(min_clip=1.5), dict(sequences=0)):
+        with pytest.raises(AespaError, match="points >= 1"):
+            awq(task(), **change)
+    with pytest.raises(UnsupportedModelError, match="gpt_neox"):
+        awq(task("neox"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_the_preset(kind):
+    model = small(kind)
+    report = quantize_model(
+        model, TOKENS, AespaConfig.preset("awq", 3, keep={"fc2" if kind == "opt" else "down_proj": 16})
+    )
+    assert len(report.layers) == (12 if kind == "llama" else 10)
+    for r in report.layers.values():
+        assert_close(r.grid.values(r.W_int.to(r.grid.step)) * r.zeta, r.weight, rtol=1e-4, atol=1e-5)
+        assert 0 < r.loss < r.loss_rtn

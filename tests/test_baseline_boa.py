@@ -1,0 +1,203 @@
+"BoA: the Kronecker system solved by brute force, the limit of GPTQ, blocks of rows, steps, and whole models."
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from aespa_nb.aespa import AespaConfig, quantize_model, round_layer
+from aespa_nb.baselines.boa import BoaResult, boa, refine_steps
+from aespa_nb.capture import BlockStream, stacks_of
+from aespa_nb.gptq import gptq
+from aespa_nb.grid import Grid, minmax_grid
+from aespa_nb.gridfit import fit_grid
+from aespa_nb.hessian import damp
+from aespa_nb.notation import AespaError, NumericalError
+from aespa_nb.precompute import KroneckerLoss
+from aespa_nb.tune import block_error
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
+}
+TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
+
+
+class Problem:
+    "Random weights of some heads, with matrices far from the identity."
+
+    def __init__(self, heads=2, rows=4, inp=6, each=True, bits=2, group_size=None, seed=0):
+        random = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(shape, generator=random, dtype=torch.float64)
+        gram = lambda n, m: damp((lambda X: X @ X.mT / 50)(draw(m, n, n) @ draw(m, n, 50)), 0.05)
+        self.W, self.H, self.G = draw(heads, rows, inp), gram(inp, heads if each else 1), gram(rows, heads)
+        self.H = self.H if each else self.H[0]
+        self.grid = fit_grid(self.W, self.H, bits, group_size)
+        self.fit = lambda W: fit_grid(W, self.H, bits, group_size)
+
+    def loss(self, W_int, grid):
+        return float(KroneckerLoss(self.H, self.G)(grid.values(W_int) - self.W))
+
+    def solve(self, **options) -> BoaResult:
+        return boa(self.W, self.H, self.grid, self.G, **{"rounds": 0, **options})
+
+
+def brute(W, H, G, grid, order):
+    "Weight by weight: those still free are set to the solution of their least-squares problem."
+    K, goal, now = torch.kron(G, H), W.flatten(), W.flatten().clone()
+    step, zero = (t.flatten() for t in grid.expand(W.shape[1]))
+    codes = torch.empty_like(now)
+    for k, p in enumerate(order):
+        codes[p] = (torch.round(now[p] / step[p]) + zero[p]).clamp(0, grid.max_code)
+        now[p] = step[p] * (codes[p] - zero[p])
+        done, free = order[: k + 1], order[k + 1 :]
+        error = now[done] - goal[done]
+        now[free] = goal[free] - torch.linalg.solve(K[free][:, free], K[free][:, done] @ error)
+    return codes.view_as(W)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_free_weight_stands_at_the_least_squares_solution(seed, by_rows):
+    p = Problem(heads=1, seed=seed)
+    rows, cols = p.W.shape[1:]
+    order = torch.arange(rows * cols).view(rows, cols)
+    order = (order if by_rows else order.T).flatten()
+    found = p.solve(act_order=False, block_size=4).W_int[0]
+    assert torch.equal(found, brute(p.W[0], p.H[0], p.G[0], Grid(2, p.grid.step[0], p.grid.zero[0]), order))
+
+
+def test_costly_rows_and_columns_come_first():
+    p = Problem(heads=1)
+    a, b = (M[0].diagonal().argsort(descending=True) for M in (p.G, p.H))
+    order = (a[:, None] * len(b) + b).flatten()
+    grid = Grid(2, p.grid.step[0], p.grid.zero[0])
+    assert torch.equal(p.solve().W_int[0], brute(p.W[0], p.H[0], p.G[0], grid, order))
+
+
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_without_coupled_rows_it_is_gptq(each, group_size, act_order):
+    p = Problem(3, 8, 24, each, group_size=group_size)
+    expected = gptq(p.W, p.H, p.grid, act_order).W_int
+    p.G = torch.eye(8, dtype=torch.float64)
+    assert torch.equal(p.solve(act_order=act_order, rows=3, block_size=7).W_int, expected)
+    assert torch.equal(boa(p.W, p.H, p.grid, None, rounds=0, act_order=act_order).W_int, expected)
+
+
+@pytest.mark.parametrize("rows, block_size", [(1, 128), (2, 5), (3, 24), (100, 7)])
+def test_rows_in_blocks_equal_row_by_row(rows, block_size):
+    p = Problem(3, 8, 24)
+    assert torch.equal(p.solve(rows=rows, block_size=block_size).W_int, p.solve(rows=8).W_int)
+
+
+def test_heads_do_not_meet():
+    p, options = Problem(3, 8, 24), dict(rounds=2, rows=4)
+    together = p.solve(fit=p.fit, **options)
+    for h in range(3):
+        grid = Grid(2, p.grid.step[h], p.grid.zero[h])
+        alone = boa(p.W[h], p.H[h], grid, p.G[h], fit=lambda W, h=h: fit_grid(W, p.H[h], 2), **options)
+        assert torch.equal(alone.W_int, together.W_int[h])
+        assert_close(alone.grid.step, together.grid.step[h])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_each_idea_lowers_the_loss(bits):
+    losses = []
+    for seed in range(8):
+        p = Problem(2, 16, 32, each=False, bits=bits, seed=seed)
+        plain = boa(p.W, p.H, p.grid, None, rounds=0)
+        runs = [plain, p.solve(rows=2), p.solve(rows=2, fit=p.fit), p.solve(rows=2, fit=p.fit, rounds=2)]
+        losses.append([p.loss(*r) / p.loss(p.grid.codes(p.W), p.grid) for r in runs])
+    nearest, gptq_, rows, fitted, refined = 1.0, *torch.tensor(losses).mean(0).tolist()
+    assert rows < gptq_ and refined < fitted < rows < nearest
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_steps_reach_the_joint_optimum(coupled, group_size):
+    p = Problem(2, 4, 16, group_size=group_size)
+    codes, G = p.grid.codes(p.W), p.G if coupled else None
+    found = refine_steps(p.W, codes, p.grid, p.H, G, rounds=300)
+    units = (codes - p.grid.expand(16)[1]).view(2, 4, p.grid.step.shape[-1], -1)
+    for h in range(2):
+        eye = torch.block_diag(*units[h].flatten(0, 1).split(1))  # a step is a linear unknown
+        columns = [torch.zeros(4, 16, dtype=torch.float64) for _ in eye]
+        for k, E in enumerate(columns):
+            E.view(-1)[:] = eye[k]
+        K = torch.kron(p.G[h] if coupled else torch.eye(4).double(), p.H[h])
+        B = torch.stack([E.flatten() for E in columns])
+        best = torch.linalg.solve(B @ K @ B.T, B @ K @ p.W[h].flatten()).view_as(found.step[h])
+        if (best > 0.2 * p.grid.step[h]).all():
+            assert_close(found.step[h], best, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_refining_never_hurts_and_steps_stay_positive(seed):
+    p = Problem(2, 8, 16, group_size=4, seed=seed)
+    codes = p.grid.codes(p.W + 0.3 * p.W.flip(-1))
+    losses = [p.loss(codes, refine_steps(p.W, codes, p.grid, p.H, p.G, rounds=k)) for k in range(5)]
+    assert all(b <= a * (1 + 1e-12) for a, b in zip(losses, losses[1:]))
+    assert (refine_steps(p.W, codes, p.grid, p.H, p.G).step > 0).all()
+
+
+def test_dead_codes_leave_their_steps():
+    p = Problem(1, 2, 4)
+    codes = p.grid.zero.expand_as(p.W).clone()  # every weight is 0
+    assert torch.equal(refine_steps(p.W, codes, p.grid, p.H, p.G).step, p.grid.step)
+
+
+def test_the_callers_tensors_stay_and_runs_repeat():
+    p = Problem(2, 8, 16)
+    kept = [t.clone() for t in (p.W, p.H, p.G, p.grid.step, p.grid.zero)]
+    a, b = (p.solve(fit=p.fit, rounds=2, rows=2) for _ in range(2))
+    assert torch.equal(a.W_int, b.W_int) and torch.equal(a.grid.step, b.grid.step)
+    assert all(torch.equal(x, y) for x, y in zip(kept, (p.W, p.H, p.G, p.grid.step, p.grid.zero)))
+
+
+def test_what_does_not_fit_is_refused():
+    p = Problem()
+    for change in (dict(rows=0), dict(rounds=-1), dict(block_size=0)):
+        with pytest.raises(AespaError, match="rows >= 1"):
+            p.solve(**change)
+    for H, G in ((p.H[..., :5, :5], p.G), (p.H, p.G[..., :3, :3]), (p.H, p.G[:1].expand(5, -1, -1))):
+        with pytest.raises(AespaError, match="do not fit"):
+            boa(p.W, H, p.grid, G)
+    with pytest.raises(NumericalError, match="positive definite"):
+        boa(p.W, p.H, p.grid, -p.G)
+    with pytest.raises(NumericalError, match="NaN"):
+        boa(p.W * float("nan"), p.H, p.grid, p.G)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_round_layer_takes_it(group_size, symmetric):
+    p = Problem(2, 8, 16)
+    config = AespaConfig.preset("turboboa", 2, group_size=group_size, symmetric=symmetric)
+    W = p.W.reshape(16, 16)
+    W_hat, grid, rtn, loss = round_layer(W, KroneckerLoss(p.H, p.G), torch.ones(16).double(), config)
+    codes = W_hat / grid.expand(16)[0] + grid.expand(16)[1]
+    assert_close(codes, codes.round(), rtol=0, atol=1e-9)
+    assert codes.round().min() >= 0 and codes.round().max() <= 3 and loss < rtn
+    assert not symmetric or (grid.zero == 2).all()
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_models(kind, group_size):
+    torch.manual_seed(0)
+    model = KINDS[kind]().eval().requires_grad_(False)
+    for p in model.get_submodule(stacks_of(model)[0]).parameters():
+        p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
+    block = model.get_submodule(stacks_of(model)[0])[0]
+    stream, full = (BlockStream(model, TOKENS) for _ in range(2))
+    full.run(block, keep=True)
+    linears = {n: m.weight for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+    nearest = {f"{n}.weight": minmax_grid(W, 2, group_size).round(W) for n, W in linears.items()}
+    rtn = block_error(block, stream, full.hidden, nearest)
+    report = quantize_model(model, TOKENS, AespaConfig.preset("turboboa", 2, group_size=group_size))
+    assert block_error(block, stream, full.hidden) < 0.9 * rtn
+    assert all(int(r.W_int.max()) <= 3 for r in report.layers.values())
+    stream.close(), full.close()
