@@ -150,7 +150,7 @@ PRESETS = {
     "zfold": dict(objective="layer", grid="hessian", solver="gptq", zfold=True),
     "aespa": dict(objective="attention", grid="hessian", solver="gptq+adaround"),
     "awq": dict(method="awq"),
-    "turboboa": dict(objective="attention", grid="hessian", solver="boa", correction=0.5),
+    "turboboa": dict(objective="attention", grid="hessian", solver="boa", correction=0.5, damping=0.05),
     "best": _BEST,
     "max": dict(_BEST, tuning=40),
 }
