@@ -157,6 +157,22 @@ def _round_some(p, V, b, bits, columns, fit, rounds, block_size):
     rest = slice(b.stop, None)
     p.W[:, rest] -= (root @ V[:, b, rest]).mT @ (W - grid.values(codes))
 
+# %% ../../nbs/24_boa.ipynb #a020cd20
+def _by_heads(W, H, grid, G, fit, rows, rounds, act_order, block_size):
+    "`boa` where rows are coupled."
+    heads, out = W.shape[:-2].numel(), W.shape[-2]
+    G = G.reshape(-1, out, out).expand(heads, -1, -1)
+    order = processing_order(G, act_order)
+    flat = lambda t: _permuted(t.reshape(heads, out, -1), order)
+    p = _Heads(flat(W), flat(W), flat(grid.step), flat(grid.zero))
+    V, columns = inverse_factor(_permuted(_permuted(G, order).mT, order)), _columns(H, heads, act_order)
+    for a in range(0, out, rows):
+        _round_some(p, V, slice(a, min(a + rows, out)), grid.bits, columns, fit, rounds, block_size)
+    codes, step, zero = (_permuted(t, order.argsort(-1)) for t in p[1:])
+    found = Grid(grid.bits, step, zero)
+    found = refine_steps(W.reshape(codes.shape), codes, found, columns.H, G) if rounds else found
+    return BoaResult(codes.reshape(W.shape), found.view(*W.shape[:-1]))
+
 # %% ../../nbs/24_boa.ipynb #21d53cf5
 @torch.no_grad()
 def boa(
@@ -177,15 +193,4 @@ def boa(
     if G is None:
         solve = lambda grid: gptq(W, H, grid, act_order, block_size).W_int
         return BoaResult(*_in_turn(W, grid, rounds, solve, H, None))
-    W_heads, (heads, out) = W.reshape(-1, *W.shape[-2:]), (W.shape[:-2].numel(), W.shape[-2])
-    G = G.reshape(-1, out, out).expand(heads, -1, -1)
-    order = processing_order(G, act_order)
-    flat = lambda t: _permuted(t.reshape(heads, out, -1), order)
-    p = _Heads(flat(W), flat(W), flat(grid.step), flat(grid.zero))
-    V, columns = inverse_factor(_permuted(_permuted(G, order).mT, order)), _columns(H, heads, act_order)
-    for a in range(0, out, rows):
-        _round_some(p, V, slice(a, min(a + rows, out)), grid.bits, columns, fit, rounds, block_size)
-    codes, step, zero = (_permuted(t, order.argsort(-1)) for t in p[1:])
-    found = Grid(grid.bits, step, zero)
-    found = refine_steps(W_heads, codes, found, columns.H, G) if rounds else found
-    return BoaResult(codes.reshape(W.shape), found.view(*W.shape[:-1]))
+    return _by_heads(W, H, grid, G, fit, rows, rounds, act_order, block_size)
