@@ -20,7 +20,8 @@ help:
 	@echo
 	@echo "Seldom:"
 	@echo "  make train-reference  train the bundled model again (hours on a CPU)"
-	@echo "  make campaign         repeat the long measurements behind chapter 32 (hours on a CPU)"
+	@echo "  make campaign         repeat the long measurements behind chapters 10 and 32 (hours on a CPU)"
+	@echo "  make comparison       run what is missing of chapter 30's comparison (a day on a CPU)"
 	@echo "  make constraints      pin the versions that are installed now"
 	@echo "  make clean            remove what was built; .venv stays"
 
@@ -55,8 +56,13 @@ train-reference: $(DEV)
 
 campaign: $(DEV)
 	$(PY) tools/campaign.py ablations
-	$(PY) tools/campaign.py presets
+	$(PY) tools/campaign.py precompute
 	$(PY) tools/campaign.py layers
+
+METHODS := rtn awq omniquant affinequant gptq zfold turboboa adaround brecq signround aespa best max
+comparison: $(DEV)
+	OMP_NUM_THREADS=1 $(PY) -m aespa_nb compare reference --presets $(METHODS) --bits 2 3 4 --group-sizes 0 64 \
+	  --seeds 0 1 2 --samples 64 --eval-samples 128 --out nbs/runs/compare-reference
 
 constraints: $(DEV)
 	$(PY) tools/freeze.py
@@ -74,4 +80,4 @@ $(DEV): $(RUN)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lab export notebooks train-reference campaign constraints clean
+.PHONY: help demo test docs lab export notebooks train-reference campaign comparison constraints clean

@@ -160,7 +160,7 @@ PRESETS = {
     "affinequant": dict(method="affinequant", iterations=200),
     "gptq": dict(objective="layer", grid="hessian", solver="gptq"),
     "zfold": dict(objective="layer", grid="hessian", solver="gptq", zfold=True),
-    "turboboa": dict(objective="attention", grid="hessian", solver="boa", correction=0.5),
+    "turboboa": dict(objective="attention", grid="hessian", solver="boa", correction=0.5, damping=0.05),
     "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
     "brecq": dict(method="brecq", iterations=300),
     "signround": dict(method="signround", iterations=200),

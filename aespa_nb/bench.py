@@ -384,9 +384,11 @@ _SOLVING = (
     (descent, "descend", "descent", _sweeps),
     (aespa, "adaround", "Adam", _steps),
     (aespa, "tune_scales", "tuning", None),
+    (aespa, "boa", "GPTQ", None),
+    (aespa, "_whole", "block", None),
 )
 TOKEN_PHASES = ("embed", "forward", "Hessians", "attention", "hand-over")  # grow with the tokens
-PHASES = (*TOKEN_PHASES, "survey", "target", "grid", "GPTQ", "descent", "Adam", "tuning", "other")
+PHASES = (*TOKEN_PHASES, "survey", "target", "grid", "GPTQ", "descent", "Adam", "tuning", "block", "other")
 
 # %% ../nbs/31_cost.ipynb #0c5058b1
 @contextlib.contextmanager

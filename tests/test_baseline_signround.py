@@ -180,7 +180,7 @@ def test_clipping_only_narrows(tasks):
     _, grids = nearest(task)
     rounded = signround(task)
     ratio = torch.cat([(rounded[n].grid.step / g.step).flatten() for n, g in grids.items()])
-    assert (ratio <= 1 + 1e-6).all() and (ratio >= 0.49).all() and (ratio < 1).any()
+    assert (ratio <= 1 + 1e-6).all() and (ratio > 1 - 31 / 60 - 1e-4).all() and (ratio < 1).any()
 
 
 def test_same_seed_same_weights(tasks):
@@ -209,7 +209,7 @@ def test_the_preset_runs_and_its_codes_read_back():
     for r in report.layers.values():
         step, zero = r.grid.expand(r.weight.shape[1])
         assert_close(r.weight, (r.W_int - zero) * step, rtol=1e-5, atol=1e-6)
-        assert r.loss < r.loss_rtn
+        assert r.loss <= r.loss_rtn * (1 + 1e-5)
 
 
 def test_bad_input_is_refused(tasks):

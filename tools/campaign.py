@@ -1,4 +1,4 @@
-"""Long measurements behind the chapters: `make campaign`, hours on one core. Runs that are on record are not repeated.
+"""Long measurements behind chapters 10 and 32: `make campaign`, hours on one core. Runs on record are not repeated.
 
 Each run quantizes the bundled model on 64 calibration sequences, one CPU thread, and is measured on the first 128
 held-out windows. One JSON record per run goes to nbs/runs/campaign.json; the chapters draw their tables from there.
@@ -55,19 +55,12 @@ ABLATIONS = [
     ("best, Z-Fold", "best", dict(zfold=True)),
     ("max", "max", {}),
 ]
-PRESETS = [(name, name, {}) for name in ("rtn", "gptq", "best", "max", "adaround", "aespa")]
 
 
-def plan(which: str):
+def plan():
     "Runs in the order of their weight: (group, name, bits, group_size, seed, preset, changes)."
-    if which == "ablations":
-        for seed in (0, 1):
-            yield from (("ablations", n, 2, None, seed, p, c) for n, p, c in ABLATIONS)
-        return
-    for seed in (0, 1, 2):
-        for group_size in (None, 64):
-            for bits in (2, 3, 4):
-                yield from (("presets", n, bits, group_size, seed, p, c) for n, p, c in PRESETS)
+    for seed in (0, 1):
+        yield from (("ablations", n, 2, None, seed, p, c) for n, p, c in ABLATIONS)
 
 
 def load() -> list[dict]:
@@ -90,11 +83,6 @@ def run(reference, group, name, bits, group_size, seed, preset, changes) -> dict
     versions = dict(torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads())
     what = dict(group=group, name=name, bits=bits, group_size=group_size, seed=seed, preset=preset)
     return dict(**what, changes=changes, **measured, **versions)
-
-
-def reference_of(folder: Path | None) -> tuple:
-    "The model to work on, and how its records call it (None: the bundled one)."
-    return load_reference(folder=folder), folder and folder.resolve().parent.name
 
 
 def layer_losses(reference, seed: int = 0):
@@ -176,15 +164,13 @@ def step_seconds(heads, X, W, steps: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("ablations", "presets", "layers", "precompute"))
+    parser.add_argument("which", choices=("ablations", "layers", "precompute"))
     parser.add_argument("--bits", type=int, nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     parser.add_argument("--names", nargs="+", help="only these")
-    parser.add_argument("--group-sizes", type=int, nargs="+", help="only these; 0: the whole row")
-    parser.add_argument("--model", type=Path, help="folder that tools/train_reference.py made (default: the bundled)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    reference, model = reference_of(args.model)
+    reference = load_reference()
     if args.which == "layers":
         for bits in args.bits or (2, 3):
             compare_solvers(reference, bits)
@@ -192,14 +178,13 @@ def main():
     if args.which == "precompute":
         return learning_steps(reference)
     keys = ("group", "name", "bits", "group_size", "seed")
-    for item in plan(args.which):
-        wanted = (args.bits, args.seeds, args.names, args.group_sizes)
-        chosen = zip((item[2], item[4], item[1], item[3] or 0), wanted)
+    for item in plan():
+        chosen = zip((item[2], item[4], item[1]), (args.bits, args.seeds, args.names))
         if any(wanted and value not in wanted for value, wanted in chosen):
             continue
-        if (*item[:5], model) in {(*(r[k] for k in keys), r.get("model")) for r in load()}:
+        if item[:5] in {tuple(r[k] for k in keys) for r in load()}:
             continue
-        record = run(reference, *item) | ({"model": model} if model else {})
+        record = run(reference, *item)
         save(record)
         print(*item[:5], f"KL {record['kl']:.4f}  {record['cpu_seconds']:.0f} CPU s", flush=True)
 

@@ -57,5 +57,5 @@ def problems(library=LIBRARY, ladder=LADDER):
 if __name__ == "__main__":
     bad = list(problems())
     print(*bad, sep="\n", end="\n" if bad else "")
-    print(f"checked: {len(list(LIBRARY.glob('*.py')))} modules")
+    print(f"checked: {len(list(LIBRARY.rglob('*.py')))} modules")
     sys.exit(bool(bad))

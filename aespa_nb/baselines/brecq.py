@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BlockRounding', 'fisher_importance', 'brecq']
 
-# %% ../../nbs/23_brecq.ipynb #e9e3f116
+# %% ../../nbs/23_brecq.ipynb #d98a1389
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -115,6 +115,16 @@ def _check(task: BlockTask, weight: float, warmup: float) -> None:
     if task.iterations < 1 or not lr > 0 or not weight >= 0 or not 0 <= warmup < 1:
         raise AespaError("brecq needs iterations >= 1, lr > 0, weight >= 0 and 0 <= warmup < 1")
 
+# %% ../../nbs/23_brecq.ipynb #e7b0d99e
+def _penalty(rounding: BlockRounding, unit: float, warmup: float) -> Callable[[float], Tensor | None]:
+    "The penalty after a share of the steps; None during the warm-up."
+
+    def penalty(done: float) -> Tensor | None:
+        beta = beta_schedule(done, warmup)
+        return None if beta is None else unit * rounding.penalty(beta)
+
+    return penalty
+
 # %% ../../nbs/23_brecq.ipynb #b219e82c
 @torch.no_grad()
 def brecq(
@@ -133,10 +143,7 @@ def brecq(
     rounding = BlockRounding(W, grids)
     adam = torch.optim.Adam(rounding.logits.values(), lr=task.lr or 30 / task.iterations, fused=True)
 
-    def penalty(done):
-        beta = beta_schedule(done, warmup)
-        return None if beta is None else weight * nearest * rounding.penalty(beta)
-
+    penalty = _penalty(rounding, weight * nearest, warmup)
     options = dict(rate=lambda done: 1.0, penalty=penalty, importance=importance)
     for _ in learn_block(task.block, rounding.relaxed, adam, *of, task.iterations, batch_size, task.seed, **options):
         pass

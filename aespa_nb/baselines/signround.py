@@ -68,17 +68,21 @@ def _weight(part: LearnedRounding) -> tuple[Float[Tensor, "out inp"], Tensor, Te
 
 # %% ../../nbs/25_signround.ipynb #ac0b1240
 class SignDescent(torch.optim.Optimizer):
-    "Every parameter moves by the learning rate against the sign of its gradient."
+    "Every parameter moves by the learning rate against the sign of its gradient, or of a running mean of it."
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float):
-        super().__init__(parameters, dict(lr=lr))
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.0):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         "One step; parameters without a gradient stay."
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                p.sub_(p.grad.sign(), alpha=group["lr"])
+                mean = p.grad
+                if group["momentum"]:
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                    mean.lerp_(p.grad, 1 - group["momentum"])
+                p.sub_(mean.sign(), alpha=group["lr"])
 
 # %% ../../nbs/25_signround.ipynb #28300a52
 def _keep_best(learned: list[Tensor], errors: Iterable[float]) -> None:
@@ -103,6 +107,7 @@ def signround(
     task: BlockTask,  # `lr` None: 1 / iterations
     batch_size: int = 8,  # sequences in a step
     clip: bool = True,  # learn the clipping factors, too
+    momentum: float = 0.8,  # of the gradient whose sign is taken; the paper has 0
 ) -> dict[str, Rounded]:
     "Rounding and clipping of a block, learned by signed gradients (Cheng et al. 2024)."
     parts = {}
@@ -117,6 +122,6 @@ def signround(
         return {f"{n}.weight": _weight(r)[0] for n, r in parts.items()}
 
     lr = 1 / max(1, task.iterations) if task.lr is None else task.lr
-    descent, of = SignDescent(learned, lr), (task.stream, task.target)
+    descent, of = SignDescent(learned, lr, momentum), (task.stream, task.target)
     _keep_best(learned, learn_block(task.block, weights, descent, *of, task.iterations, batch_size, task.seed))
     return {n: _put(weight_of(task.block, n), r) for n, r in parts.items()}
