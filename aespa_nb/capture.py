@@ -384,7 +384,7 @@ def capturing(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _implement(model, attention, experts) -> None:
-    "Sets what computes attention and experts; models that know no choice say so in vain."
+    "Sets what computes attention and experts; where a model has no choice, its warning is silenced."
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
