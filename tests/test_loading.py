@@ -203,7 +203,7 @@ REASONS = {
     "config": "no config.json",
     "pickle": "no .safetensors weights",
     "weight": "lacks model.layers.1.mlp.up_proj.weight",
-    "code": "allow it with trust_remote_code=True",
+    "code": "allow it: trust_remote_code=True",
 }
 
 
