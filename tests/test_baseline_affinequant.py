@@ -5,17 +5,8 @@ import copy
 
 import pytest
 import torch
+from models import MODELS, small
 from torch.testing import assert_close
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
 from aespa_nb.aespa import AespaConfig, quantize_model
 from aespa_nb.baselines.affinequant import AffineLinears, affinequant, dominant, gradual_mask, mix_values, unmix_output
@@ -26,14 +17,7 @@ from aespa_nb.grid import minmax_grid
 from aespa_nb.notation import AespaError, NumericalError
 from aespa_nb.tune import BlockTask, block_error
 
-SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
-KINDS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
-    "mha": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48, attention_bias=True)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
-    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=48)),  # q, k, v in one linear
-    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
-}
+KINDS = list(MODELS)
 PAIRS = {
     "llama": ("self_attn.v_proj", "self_attn.o_proj"),
     "mha": ("self_attn.v_proj", "self_attn.o_proj"),
@@ -42,15 +26,6 @@ PAIRS = {
     "bloom": ("self_attention.query_key_value", "self_attention.dense"),
 }
 TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
-
-
-def small(kind, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = KINDS[kind]().eval().requires_grad_(False).to(dtype)
-    for block in model.get_submodule(stacks_of(model)[0]):
-        for p in block.parameters():  # random blocks add little to the stream: make them speak
-            p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
-    return model
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from models import small
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from aespa_nb.aespa import AespaConfig, quantize_model, round_layer
 from aespa_nb.baselines.boa import BoaResult, boa, refine_steps
@@ -16,11 +16,7 @@ from aespa_nb.notation import AespaError, NumericalError
 from aespa_nb.precompute import KroneckerLoss
 from aespa_nb.tune import block_error
 
-SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
-KINDS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
-}
+KINDS = ("llama", "opt")
 TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -187,10 +183,7 @@ def test_round_layer_takes_it(group_size, symmetric):
 @pytest.mark.parametrize("group_size", [None, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_models(kind, group_size):
-    torch.manual_seed(0)
-    model = KINDS[kind]().eval().requires_grad_(False)
-    for p in model.get_submodule(stacks_of(model)[0]).parameters():
-        p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
+    model = small(kind)
     block = model.get_submodule(stacks_of(model)[0])[0]
     stream, full = (BlockStream(model, TOKENS) for _ in range(2))
     full.run(block, keep=True)

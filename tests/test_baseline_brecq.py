@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_baseline_signround import KINDS, TOKENS, error, nearest, small, tasks, tiny, weights  # noqa: F401
+from models import small
+from test_baseline_signround import KINDS, TOKENS, error, nearest, tasks, tiny, weights  # noqa: F401
 from torch.testing import assert_close
 
 from aespa_nb.adaround import logit_gradient, loss_gradient, rectified_sigmoid

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import small
 from torch.testing import assert_close
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from aespa_nb.aespa import AespaConfig, quantize_model
 from aespa_nb.baselines.omniquant import omniquant
@@ -25,23 +25,8 @@ from aespa_nb.tune import (
     straight_through,
 )
 
-SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
-KINDS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
-    "mha": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48, attention_bias=True)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
-    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=48)),
-}
+KINDS = ("llama", "mha", "opt", "neox")
 TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
-
-
-def small(kind):
-    torch.manual_seed(0)
-    model = KINDS[kind]().eval().requires_grad_(False)
-    for block in model.get_submodule(stacks_of(model)[0]):
-        for p in block.parameters():  # random blocks add little to the stream: make them speak
-            p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
-    return model
 
 
 @pytest.fixture

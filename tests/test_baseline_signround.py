@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+from models import small
 from torch import nn
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from aespa_nb.aespa import AespaConfig, quantize_model
 from aespa_nb.baselines.signround import LearnedRounding, SignDescent, _weight, round_through, signround
@@ -16,11 +16,7 @@ from aespa_nb.grid import minmax_grid
 from aespa_nb.notation import AespaError, NumericalError, UnsupportedModelError, tiny_inputs, tiny_weight
 from aespa_nb.tune import BlockTask, block_error, learn_block
 
-SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
-KINDS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
-}
+KINDS = ("llama", "opt")
 TOKENS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -32,15 +28,6 @@ class Tokens:
 
     def arguments(self, seqs):
         return (), {}
-
-
-def small(kind="llama"):
-    "A random model whose blocks speak up."
-    torch.manual_seed(0)
-    model = KINDS[kind]().eval().requires_grad_(False)
-    for p in model.get_submodule(stacks_of(model)[0]).parameters():
-        p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
-    return model
 
 
 @pytest.fixture
