@@ -391,8 +391,10 @@ def _nearest(block, bits, config, prefix) -> dict[str, tuple[Grid, Tensor]]:
     return found
 
 
-def _put_nearest(block, nearest) -> dict[str, Rounded]:
-    "Writes them into the block."
+def _put_nearest(block, nearest, kept) -> dict[str, Rounded]:
+    "Writes them into the block, and gives it back its other parameters as they were (`kept`)."
+    for name, p in kept.items():
+        block.get_parameter(name).copy_(p)
     for name, (_, W_hat) in nearest.items():
         block.get_submodule(name).weight.copy_(W_hat)
     return {name: Rounded(grid, W_hat.new_ones(W_hat.shape[1])) for name, (grid, W_hat) in nearest.items()}
@@ -411,12 +413,13 @@ def _quantize_whole(model, block, streams, config, announce, prefix) -> tuple[di
     bits = {name: bits_of(config, prefix + name) for name in linears_of(block)}
     bits = {name: b for name, b in bits.items() if b != 16}
     nearest = _nearest(block, bits, config, prefix)
+    kept = {n: p.clone() for n, p in block.named_parameters() if n.removesuffix(".weight") not in bits}
     rtn = block_error(block, stream, full.hidden, {f"{n}.weight": W_hat for n, (_, W_hat) in nearest.items()})
     rounded = _whole(model, block, bits, stream, full.hidden, config, announce) if bits else {}
     error = block_error(block, stream, full.hidden)
     if not error <= rtn:
         notes.append(f"{config.method} left {error:.3g} of the output, round-to-nearest {rtn:.3g}: that is kept")
-        rounded, error = _put_nearest(block, nearest), rtn
+        rounded, error = _put_nearest(block, nearest, kept), rtn
     cpu, seconds = lambda g: replace(g, step=g.step.cpu(), zero=g.zero.cpu()), time.perf_counter() - start
     store = lambda n, r: LayerResult(cpu(r.grid), r.zeta.cpu(), block, n, rtn, error, seconds / len(bits))
     return {n: store(n, r) for n, r in rounded.items()}, 0, notes
