@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .attention import Rotations, attention_output, rotate, split_heads
+from .hessian import sum_all
 from .notation import AespaError
 from .precompute import AttentionSums, KroneckerLoss, _add_attended, _check_heads
 
@@ -68,7 +69,7 @@ def _keys_moved(Z, X, R):
 def _squared_change(A, Q, V, dK, M):
     "Sum over batch, heads and queries of the first-order `|do_m|_M^2`, without the factor of the scores."
     dO = output_change(A, V[:, None], Q.mT @ dK[:, None])
-    return (dO * (dO if M is None else M @ dO)).sum()
+    return sum_all(dO * (dO if M is None else M @ dO))
 
 # %% ../nbs/11_gaussnewton.ipynb #e1457837
 def output_metric(

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .grid import Grid
+from .hessian import one_thread
 from .notation import AespaError, NumericalError
 
 # %% ../nbs/04_gptq.ipynb #835fcc80
@@ -24,7 +25,8 @@ def inverse_factor(
     L = (H.flip(-1, -2) if reverse else H).mT  # symmetric; LAPACK works in place on columns
     if not L.sum().isfinite():
         raise NumericalError("H has NaN or Inf: check the activations")
-    _, info = torch.linalg.cholesky_ex(L, out=(L, L.new_empty(L.shape[:-2], dtype=torch.int32)))
+    with one_thread():  # the only step whose bits would depend on the number of threads
+        _, info = torch.linalg.cholesky_ex(L, out=(L, L.new_empty(L.shape[:-2], dtype=torch.int32)))
     if (info > 0).any():
         raise NumericalError("H is not positive definite: raise the damping, or give more calibration tokens")
     inverse = torch.zeros_like(L)

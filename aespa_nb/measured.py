@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .gaussnewton import _covariances, _every, _pair_weights
+from .hessian import one_thread
 from .notation import AespaError, Hessian
 from .precompute import KroneckerLoss, _add_attended
 
@@ -23,7 +24,8 @@ def _pulled(T, y, z, rows):
 
 def _root(M):
     "A square root `S` of a positive semi-definite matrix: `S S^T = M`; its columns are the vectors z."
-    values, vectors = torch.linalg.eigh(M)
+    with one_thread():
+        values, vectors = torch.linalg.eigh(M)
     return vectors * values.clamp(min=0).sqrt()[..., None, :]
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .attention import Rotations
-from .hessian import Gram, damp
+from .hessian import Gram, damp, sum_all
 from .notation import AespaError, NumericalError
 
 # %% ../nbs/10_precompute.ipynb #24ab28a5
@@ -26,7 +26,7 @@ class _Quadratic(torch.autograd.Function):
         if G is not None:
             P = G @ P
         ctx.save_for_backward(P)
-        return (P * dW).sum()
+        return sum_all(P * dW)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .hessian import Gram, damp
+from .hessian import Gram, damp, one_thread
 from .notation import AespaError, Hessian, Inputs, NumericalError
 
 # %% ../nbs/11b_target.ipynb #5b39b397
@@ -65,7 +65,8 @@ def drift_map(
     if D.shape[-1] != H.shape[-1]:
         raise AespaError(f"H {tuple(H.shape)} and D {tuple(D.shape)} do not belong to the same inputs")
     L = damp(H, damping).mT  # symmetric; LAPACK works in place on columns
-    _, info = torch.linalg.cholesky_ex(L, out=(L, torch.empty((), dtype=torch.int32, device=L.device)))
+    with one_thread():
+        _, info = torch.linalg.cholesky_ex(L, out=(L, torch.empty((), dtype=torch.int32, device=L.device)))
     if (info > 0).any():
         raise NumericalError("H is not positive definite: raise the damping, or give more calibration tokens")
     S = D.clone(memory_format=torch.contiguous_format) if copy else D

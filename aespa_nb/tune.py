@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .capture import BlockStream, zeta_groups
 from .grid import Grid, check_bits, grouped
+from .hessian import sum_all
 from .notation import AespaError, NumericalError, UnsupportedModelError
 
 # %% ../nbs/13c_tune.ipynb #ff4284c0
@@ -27,7 +28,7 @@ def _relative_error(block, parameters, x, y, call, size=None, importance=1):
     args, kwargs = call  # what the block is called with beside `x`
     out = functional_call(block, parameters, (x, *args), kwargs)
     out = out[0] if isinstance(out, tuple) else out
-    return ((out - y).pow(2) * importance).sum() / (y.pow(2).sum() if size is None else size)
+    return sum_all((out - y).pow(2) * importance) / (sum_all(y.pow(2)) if size is None else size)
 
 # %% ../nbs/13c_tune.ipynb #007709e2
 def norm_weights(block: nn.Module) -> dict[str, Tensor]:
@@ -75,7 +76,7 @@ class Scales:
 def _pass(block, weights, learned, stream, target, batch, importance=1):
     "Adds the gradients of the error on the sequences `batch` to `learned`; returns the error."
     part = lambda t, seqs: t[seqs].to(stream.device, stream.dtype)
-    size, total = part(target, batch).pow(2).sum(), 0
+    size, total = sum_all(part(target, batch).pow(2)), 0
     with torch.enable_grad():
         made = weights()
     leaves = {n: w.detach().requires_grad_(w.requires_grad) for n, w in made.items()}
@@ -174,7 +175,7 @@ def block_error(
     for seqs in torch.arange(len(target)).split(stream.batch_size):
         x, y, call = part(stream.hidden, seqs), part(target, seqs), stream.arguments(seqs)
         total += float(_relative_error(block, weights or {}, x, y, call, 1))
-    return total / float(target.double().pow(2).sum())
+    return total / float(sum_all(target.double().pow(2)))
 
 # %% ../nbs/13c_tune.ipynb #c13ctask
 @dataclass

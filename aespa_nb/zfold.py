@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .grid import Grid
 from .gridfit import fit_grid
-from .hessian import quadratic_loss
+from .hessian import one_thread, quadratic_loss
 from .notation import AespaError
 
 # %% ../nbs/07_zfold.ipynb #80f86890
@@ -39,7 +39,8 @@ def solve_zeta(
         b = b + (B * (W @ H)).flatten(0, -2).sum(0)
     pull = pull * A.diagonal().mean() + torch.finfo(A.dtype).tiny
     eye = torch.eye(len(b), dtype=b.dtype, device=b.device)
-    return torch.linalg.solve(A + pull * eye, b + pull)
+    with one_thread():
+        return torch.linalg.solve(A + pull * eye, b + pull)
 
 # %% ../nbs/07_zfold.ipynb #dd05bdf7
 def _fit(Ws, Hs, zeta, args, options):

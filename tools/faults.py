@@ -5,7 +5,8 @@
     python tools/faults.py disk                    # a disk that is full at each write (needs root: it mounts a tmpfs)
 
 Each run quantizes a small LLaMA with `aespa_nb quantize`. A killed run goes on with --resume, is perhaps killed again,
-and when it ends its files are compared with those of a run that nobody disturbed. The counts go to nbs/runs/faults.json.
+and when it ends its files are compared with those of a run that nobody disturbed. The counts go to
+nbs/runs/faults.json.
 """
 
 import argparse
