@@ -289,7 +289,7 @@ _EASIER = {
     "small eigenvalues lifted": _lifted,
 }
 
-
+# %% ../nbs/14_aespa.ipynb #c14solvd
 def _solved(name, W, loss, zeta, config, target, notes):
     "`round_layer` on the first of the ever easier losses that it can solve, judged by `loss`; None if there is none."
     for how, change in _EASIER.items():
@@ -596,6 +596,8 @@ def report_json(report: QuantReport) -> str:
 # %% ../nbs/14_aespa.ipynb #45465794
 def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], config: AespaConfig) -> None:
     "Raises an `AespaError` if the run would fail or make no sense."
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise AespaError("the model is quantized already: start from its full-precision weights")
     paths, n = stacks_of(model), _check_inputs(model, tokens)
     if config.samples is not None and config.samples > n:
         raise AespaError(f"samples is {config.samples} but there are only {n} sequences of tokens")
@@ -606,6 +608,8 @@ def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], conf
     for part in config.keep:
         if not any(part in name for name in names):
             raise AespaError(f"keep: no linear's name contains {part!r}; names are like {names[0]}")
+    if all(bits_of(config, name) == 16 for name in names):
+        raise AespaError("keep leaves all linears as they are: nothing to round")
     for path, block in blocks.items():
         for name in linears_of(block):
             _check_groups(weight_of(block, name), f"{path}.{name}", config.group_size)
