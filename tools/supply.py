@@ -16,11 +16,13 @@ from packaging.requirements import Requirement
 
 PAGE = Path("docs/licences.md")
 OPEN = r"MIT|BSD|Apache|PSF|Python Software Foundation|ISC|MPL-2\.0|CNRI-Python|Zlib|CC0-1\.0|BSL-1\.0|LLVM-exception"
+BUILD = r"nvidia|cuda|triton"  # what the CUDA build of torch brings on Linux
 HEAD = """# Licences
 
 aespa_nb is under the Apache License 2.0. Who installs it without extras installs these packages, too; the licences are
 those that the packages name themselves. The page is written by `tools/supply.py` and checked by a test: a package that
-is new here, or changes its licence to one that is not permissive, is noticed.
+is new here, or changes its licence to one that is not permissive, is noticed. On Linux the CUDA build of torch brings
+Triton (MIT) and NVIDIA's libraries, which are under NVIDIA's own licences; the CPU build has neither.
 
 | package | version | licence | needed by |
 |---|---|---|---|
@@ -41,7 +43,7 @@ def needs(dist, extras) -> list[Requirement]:
     "What a distribution requires here, with these extras."
     found = map(Requirement, dist.requires or ())
     fits = lambda r: r.marker is None or any(r.marker.evaluate({"extra": e}) for e in (*extras, ""))
-    return [r for r in found if fits(r)]
+    return [r for r in found if fits(r) and not re.match(BUILD, r.name)]
 
 
 def runtime() -> dict:
