@@ -22,6 +22,9 @@ help:
 	@echo "  make train-reference  train the bundled model again (hours on a CPU)"
 	@echo "  make campaign         repeat the long measurements behind chapters 10 and 32 (hours on a CPU)"
 	@echo "  make comparison       run what is missing of chapter 30's comparison (a day on a CPU)"
+	@echo "  make torture          round damaged models with every preset (half an hour on a CPU)"
+	@echo "  make hostile          damaged files and hostile input, 44 kinds (ten minutes)"
+	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"
 	@echo "  make constraints      pin the versions that are installed now"
 	@echo "  make clean            remove what was built; .venv stays"
 
@@ -64,8 +67,25 @@ comparison: $(DEV)
 	OMP_NUM_THREADS=1 $(PY) -m aespa_nb compare reference --presets $(METHODS) --bits 2 3 4 --group-sizes 0 64 \
 	  --seeds 0 1 2 --samples 64 --eval-samples 128 --out nbs/runs/compare-reference
 
+torture: $(DEV)
+	OMP_NUM_THREADS=1 $(PY) tools/torture.py
+
+hostile: $(DEV)
+	OMP_NUM_THREADS=1 $(PY) tools/hostile.py
+
+# In an environment of their own: these tools are no part of ours.
+audit: $(RUN)
+	$(PY) tools/supply.py check
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.7" "cyclonedx-bom>=5"
+	$(PY) tools/supply.py pins > build/audit/runtime.txt
+	build/audit/bin/pip-audit --requirement build/audit/runtime.txt --no-deps --disable-pip
+	build/audit/bin/cyclonedx-py requirements build/audit/runtime.txt --pyproject pyproject.toml -o build/audit/sbom.json
+	@echo "The bill of materials is in build/audit/sbom.json"
+
 constraints: $(DEV)
 	$(PY) tools/freeze.py
+	$(PY) tools/supply.py licences
 
 clean:
 	rm -rf build docs/_build docs/nbs docs/api/generated
@@ -80,4 +100,4 @@ $(DEV): $(RUN)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lab export notebooks train-reference campaign comparison constraints clean
+.PHONY: help demo test docs lab export notebooks train-reference campaign comparison torture hostile audit constraints clean

@@ -12,6 +12,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import os
 import threading
 import time
@@ -274,8 +275,60 @@ def round_layer(
     W_hat = U_hat.reshape(W.shape) * zeta
     return W_hat, grid.view(len(W)), float(loss(rtn - target)), float(scaled(U_hat - U))
 
+# %% ../nbs/14_aespa.ipynb #c14safe
+def _lifted(M: Float[Tensor, "*heads n n"]) -> Float[Tensor, "*heads n n"]:
+    "`M` with every eigenvalue at least a tenth of their mean size."
+    values, vectors = torch.linalg.eigh(M.double())
+    values = values.maximum(values.abs().mean(-1, keepdim=True) / 10)
+    return (vectors * values[..., None, :] @ vectors.mT).to(M.dtype)
+
+
+_EASIER = {
+    "": lambda M: M,
+    "damping raised by 0.1": lambda M: damp(M, 0.1),
+    "damping raised by 1": lambda M: damp(M, 1.0),
+    "small eigenvalues lifted": _lifted,
+}
+
+# %% ../nbs/14_aespa.ipynb #c14solvd
+def _solved(name, W, loss, zeta, config, target, notes):
+    "`round_layer` on the first of the ever easier losses that it can solve, judged by `loss`; None if there is none."
+    for how, change in _EASIER.items():
+        try:
+            easier = KroneckerLoss(*(M if M is None else change(M) for M in (loss.H, loss.G)))
+            W_hat, grid, *losses = round_layer(W, easier, zeta, config, target)
+        except (NumericalError, torch.linalg.LinAlgError) as e:
+            reason = str(e).partition(":")[0].partition("\n")[0]
+            continue
+        notes += [f"{name}: {reason}; {how}"] if how else []
+        return W_hat, grid, *([None, None] if how else losses)
+    return None
+
+# %% ../nbs/14_aespa.ipynb #c14guard
+def _value(loss: KroneckerLoss, dW) -> float:
+    "The loss of `dW`, in float64 where it overflows otherwise."
+    value = float(loss(dW))
+    if math.isfinite(value):
+        return value
+    return float(KroneckerLoss(loss.H.double(), None if loss.G is None else loss.G.double())(dW.double()))
+
+
+def _round_safely(name, W, loss, zeta, config, target, notes):
+    "`round_layer`, never worse than round-to-nearest, with notes: W_hat, grid, loss of RTN, loss, zeta."
+    found = _solved(name, W, loss, zeta, config, target, notes)
+    if found and None not in found and math.isfinite(found[2]) and found[3] <= found[2]:
+        return *found, zeta
+    nearest = minmax_grid(W, config.bits, config.group_size, config.symmetric)
+    rtn = _value(loss, nearest.round(W) - target)
+    mine = _value(loss, found[0] - target) if found else math.inf
+    if found and (mine <= rtn or torch.equal(found[0], nearest.round(W))):
+        return found[0], found[1], rtn, mine, zeta
+    beaten = f"{config.solver} left {mine:.3g}, round-to-nearest {rtn:.3g}" if found else "no damping helped"
+    notes.append(f"{name}: {beaten}: rounded to nearest")
+    return nearest.round(W), nearest, rtn, rtn, torch.ones_like(zeta)
+
 # %% ../nbs/14_aespa.ipynb #84d11432
-def _zetas(model, targets, losses, config):
+def _zetas(model, targets, losses, config, notes):
     "`zeta` of every part; ones where it is not free or not wanted."
     zetas = {name: loss.H.new_ones(loss.H.shape[-1]) for name, loss in losses.items()}
     for _, names in zeta_groups(model) if config.zfold else ():
@@ -283,8 +336,11 @@ def _zetas(model, targets, losses, config):
         if names:
             Ws = [losses[n].split(targets[n]) for n in names]
             Hs = [losses[n].H / losses[n].H.diagonal(dim1=-2, dim2=-1).mean() for n in names]
-            zeta, _ = zfold(Ws, Hs, config.bits, config.group_size, config.symmetric, rounds=2, n_clip=12)
-            zetas.update(dict.fromkeys(names, zeta))
+            try:
+                zeta, _ = zfold(Ws, Hs, config.bits, config.group_size, config.symmetric, rounds=2, n_clip=12)
+                zetas.update(dict.fromkeys(names, zeta))
+            except (NumericalError, torch.linalg.LinAlgError) as e:
+                notes.append(f"{', '.join(names)}: no zeta ({str(e).partition(':')[0]})")
     return zetas
 
 # %% ../nbs/14_aespa.ipynb #c14targets
@@ -341,18 +397,25 @@ def _put(results, block, part: Part, W_hat, grid, zeta, rtn, loss, seconds) -> N
     r.grid.step[rows], r.grid.zero[rows] = grid.step.cpu(), grid.zero.cpu()
     r.loss_rtn, r.loss, r.seconds = r.loss_rtn + rtn, r.loss + loss, r.seconds + seconds
 
+# %% ../nbs/14_aespa.ipynb #c14fits
+def _check_fits(W_hat, dtype: torch.dtype, name: str) -> None:
+    "Raises `NumericalError` if a rounded weight is beyond the numbers that the model can hold."
+    if not W_hat.abs().amax() <= torch.finfo(dtype).max:
+        raise NumericalError(f"{name}: its grid reaches beyond {dtype}: load the model as torch.float32")
+
 # %% ../nbs/14_aespa.ipynb #c14parts
-def _quantize_parts(model, block, parts, losses, targets, config, announce, prefix) -> dict[str, LayerResult]:
+def _quantize_parts(model, block, parts, losses, targets, config, announce, prefix, notes) -> dict[str, LayerResult]:
     "Rounds the parts that have a loss, in place."
-    zetas, results = _zetas(model, targets, losses, config), {}
+    zetas, results = _zetas(model, targets, losses, config, notes), {}
     for name in list(losses):
         announce(parts[name].linear)
         start, part = time.perf_counter(), parts[name]
         mine = replace(config, bits=bits_of(config, prefix + part.linear), keep={})
-        zeta, args = zetas[name], (losses.pop(name), zetas[name], mine, targets.pop(name))
-        rounded = round_layer(_part_of(block, part, config.dtype), *args)
-        _put(results, block, part, *rounded[:2], zeta, *rounded[2:], time.perf_counter() - start)
-        del rounded, args
+        args = losses.pop(name), zetas[name], mine, targets.pop(name), notes
+        W_hat, grid, rtn, loss, zeta = _round_safely(name, _part_of(block, part, config.dtype), *args)
+        _check_fits(W_hat, model.dtype, prefix + name)
+        _put(results, block, part, W_hat, grid, zeta, rtn, loss, time.perf_counter() - start)
+        del W_hat, args
         _trim()
     return results
 
@@ -375,7 +438,7 @@ def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[di
         most = max(most, memory + sum(S.nbytes for S in {d.S for d in read.drifts.values()}))
         targets = _targets(block, mine, read.drifts, config)
         del read
-        results |= _quantize_parts(model, block, mine, losses, targets, config, announce, prefix)
+        results |= _quantize_parts(model, block, mine, losses, targets, config, announce, prefix, notes)
     return results, most, notes
 
 # %% ../nbs/14_aespa.ipynb #c14whole
@@ -534,6 +597,8 @@ def report_json(report: QuantReport) -> str:
 # %% ../nbs/14_aespa.ipynb #45465794
 def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], config: AespaConfig) -> None:
     "Raises an `AespaError` if the run would fail or make no sense."
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise AespaError("the model is quantized already: start from its full-precision weights")
     paths, n = stacks_of(model), _check_inputs(model, tokens)
     if config.samples is not None and config.samples > n:
         raise AespaError(f"samples is {config.samples} but there are only {n} sequences of tokens")
@@ -544,20 +609,31 @@ def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], conf
     for part in config.keep:
         if not any(part in name for name in names):
             raise AespaError(f"keep: no linear's name contains {part!r}; names are like {names[0]}")
+    if all(bits_of(config, name) == 16 for name in names):
+        raise AespaError("keep leaves all linears as they are: nothing to round")
     for path, block in blocks.items():
         for name in linears_of(block):
-            _check_weight(weight_of(block, name), f"{path}.{name}", config.group_size)
-        give_back(block)  # to its file, if that is where the weights come from
+            _check_groups(weight_of(block, name), f"{path}.{name}", config.group_size)
+    for path, module in model.named_modules():
+        _check_finite(module, path)
 
 # %% ../nbs/14_aespa.ipynb #c14chkw
-def _check_weight(weight, name, group_size) -> None:
-    "Raises unless groups fit and all numbers are finite."
+def _check_groups(weight, name, group_size) -> None:
+    "Raises `AespaError` unless groups fit."
     try:
         grouped(weight[:1], group_size)
     except AespaError as e:
         raise AespaError(f"{name}: {e}") from None
-    if not torch.isfinite(weight).all():
-        raise NumericalError(f"{name}.weight has NaN or Inf: the checkpoint is damaged")
+
+
+def _check_finite(module, path) -> None:
+    "Raises `NumericalError` unless all numbers of the module's own parameters are finite."
+    own = list(module.named_parameters(path, recurse=False))
+    for name, p in own:
+        if not all(part.isfinite().all() for part in p.detach().flatten().split(2**24)):
+            raise NumericalError(f"{name} has NaN or Inf: the checkpoint is damaged")
+    if own:
+        give_back(module)  # to its file, if that is where the weights come from
 
 # %% ../nbs/14_aespa.ipynb #c14inputs
 def _check_inputs(model, tokens) -> int:

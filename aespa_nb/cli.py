@@ -415,7 +415,7 @@ def _export(args) -> None:
     model, report, facts = read_quantized(args.folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):
+    except Exception:  # a damaged one fails in many ways
         tokenizer = None
     with complete_folder(args.out) as out:
         done = export_model(model, report, out, args.format, tokenizer, facts)
@@ -612,6 +612,14 @@ def _parser() -> argparse.ArgumentParser:
         add(commands)
     return parser
 
+# %% ../nbs/41_cli.ipynb #c41nums
+def _check_numbers(args) -> None:
+    "Raises `AespaError` for whole numbers that no tensor could have as its size."
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) >= 2**31:
+                raise AespaError(f"--{name.replace('_', '-')} {number} is out of range")
+
 # %% ../nbs/41_cli.ipynb #b301acfc
 def main(argv: list[str] | None = None) -> int:
     "Entry point. Exit code 0, or 2 with one line on standard error when the input cannot work."
@@ -621,9 +629,10 @@ def main(argv: list[str] | None = None) -> int:
     matplotlib.use("Agg")
     use_style()
     try:
+        _check_numbers(args)
         args.run(args)
-    except AespaError as e:
-        print(f"aespa_nb: error: {e}", file=sys.stderr)
+    except (AespaError, OSError, MemoryError) as e:
+        print(f"aespa_nb: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"aespa_nb: stopped; {_farewell(args)}", file=sys.stderr)

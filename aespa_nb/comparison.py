@@ -66,10 +66,21 @@ def claim_folder(folder: str | Path, setting: dict) -> Path:
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     if not (folder / "setting.json").exists():
         write_json(folder / "setting.json", setting)
-    stored = json.loads((folder / "setting.json").read_text())
+    stored = _read_json(folder / "setting.json")
     if other := [k for k in setting if stored.get(k) != setting[k]]:
         raise AespaError(f"{folder} holds runs with another {' and '.join(other)}: choose another folder")
     return folder
+
+
+def _read_json(path: Path, *names: str) -> dict:
+    "The object in a file. Raises `AespaError` if there is none, or one without these names."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not set(names) <= set(found):
+        raise AespaError(f"{path} is damaged: remove it, and what it held is measured again")
+    return found
 
 # %% ../nbs/30_comparison.ipynb #b11136ab
 def measure_run(
@@ -117,7 +128,7 @@ def compare(
                 write_json(path, measure_run(run, copied, model, draw(run.seed), heldout, changes, progress))
             except UnsupportedModelError as e:
                 write_json(path, run._asdict() | {"refused": str(e)})
-        yield json.loads(path.read_text())
+        yield _read_json(path, *Run._fields)
 
 # %% ../nbs/30_comparison.ipynb #c30draw
 def drawing(calib: Int[Tensor, "seq tok"], samples: int) -> Callable[[int], Int[Tensor, "seq tok"]]:
@@ -128,7 +139,7 @@ def drawing(calib: Int[Tensor, "seq tok"], samples: int) -> Callable[[int], Int[
 
 def read_records(folder: str | Path) -> list[dict]:
     "All records of a folder that `compare` has written."
-    return [json.loads(path.read_text()) for path in sorted((Path(folder) / "runs").glob("*.json"))]
+    return [_read_json(path, *Run._fields) for path in sorted((Path(folder) / "runs").glob("*.json"))]
 
 # %% ../nbs/30_comparison.ipynb #302bbb01
 def spread(records: list[dict], key: str = "kl") -> tuple[float, float, int]:

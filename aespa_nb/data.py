@@ -54,6 +54,8 @@ def random_windows(
     if samples < 1:
         raise AespaError(f"samples must be at least 1, not {samples}")
     _check_length(ids, seqlen)
+    if samples > (most := max(2**16, len(ids))):
+        raise AespaError(f"samples must be at most {most} for a text of {len(ids)} tokens, not {samples}")
     starts = torch.randint(0, len(ids) - seqlen + 1, (samples,), generator=torch.Generator().manual_seed(seed))
     return ids.unfold(0, seqlen, 1)[starts].clone()
 
@@ -166,9 +168,12 @@ def _read_file(path: Path, column: str = "text", evaluation: bool = False) -> Te
 
 def _plain(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise AespaError(f"{str(path)!r} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+    if "\0" in text[: 2**16]:
+        raise AespaError(f"{str(path)!r} is no text: it has zero bytes")
+    return text
 
 # %% ../nbs/13_data.ipynb #c13corp0
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?")
@@ -207,6 +212,7 @@ def _read_split(corpus: Corpus, evaluation: bool = False, name: str = "") -> Tex
 def _load_dataset(corpus: Corpus):
     import datasets  # imports slowly: only when needed
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised, too
     return datasets.load_dataset(corpus.path, **corpus.options)
 
 
@@ -305,7 +311,10 @@ def evaluation_tokens(
 # %% ../nbs/13_data.ipynb #dea4a31f
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " tok"]:
     "One long run of tokens; long texts are expected, so the tokenizer's length warning is silenced."
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    try:
+        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    except Exception as e:  # a damaged tokenizer fails in many ways
+        raise AespaError(f"the tokenizer cannot take the text ({type(e).__name__}: {e}): is it the model's own?") from e
 
 # %% ../nbs/13_data.ipynb #c13fast0
 def shared_text(

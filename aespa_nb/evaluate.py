@@ -56,7 +56,7 @@ def evaluate_model(
     nll, kl, agree = (total / torch.tensor([new[:, 1:].sum(), new.sum(), new.sum()])).tolist()
     if not math.isfinite(nll):
         raise AespaError("the model's predictions are NaN or Inf: check its weights and dtype")
-    return Scores(math.exp(nll), *((None, None) if reference is None else (kl, agree)))
+    return Scores(math.exp(nll) if nll < 709 else math.inf, *((None, None) if reference is None else (kl, agree)))
 
 # %% ../nbs/13b_evaluate.ipynb #d3fbc1b9
 def _sums(model, reference, batch, new) -> Tensor:

@@ -550,18 +550,40 @@ class Quantized(NamedTuple):
     report: QuantReport
     facts: dict  # what the model card was told
 
+# %% ../nbs/15_export.ipynb #c15read
+from aespa_nb.loading import _check_files, _check_sizes, _shards
 
-def read_quantized(folder: str | os.PathLike) -> Quantized:
-    "Reads a folder that `export_model` wrote. Raises `AespaError` if it is none, or damaged."
-    folder = Path(folder)
-    saved, state = _saved(folder), _tensors(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    form, bits = saved["export"]["format"], saved["export"]["bits"]
+
+def _model_class(config) -> type:
+    "The class that the configuration names. Raises `AespaError` if it is no model of transformers."
+    kind = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise AespaError(f"config.json names no model of transformers, but {config.architectures}")
+    return kind
+
+# %% ../nbs/15_export.ipynb #c15read1
+def _read(folder: Path) -> Quantized:
+    "`read_quantized`, as it fails."
+    _check_files(folder)
+    saved, config = _saved(folder), AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    kind, form, bits = _model_class(config), saved["export"]["format"], saved["export"]["bits"]
+    _check_sizes(folder, _shards(folder), False, kind)
+    state = _tensors(folder)
     grids, codes = _stored(folder, bits) if form == "dense" else (_unpacked(state, form, bits, config.dtype), {})
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    kind = getattr(transformers, config.architectures[0])
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype).eval()
     report = _report(saved, model, grids)
     _check_codes(folder, report, codes)
     return Quantized(model, report, saved["export"]["facts"])
+
+# %% ../nbs/15_export.ipynb #c15rea2
+def read_quantized(folder: str | os.PathLike) -> Quantized:
+    "Reads a folder that `export_model` wrote. Raises `AespaError` if it is none, or damaged."
+    folder = Path(folder)
+    try:
+        return _read(folder)
+    except AespaError:
+        raise
+    except Exception as e:  # a damaged file can look like anything
+        raise AespaError(f"{folder} is damaged ({type(e).__name__}: {str(e)[:200]}): quantize again") from e

@@ -73,7 +73,7 @@ def damp(
 ) -> Hessian:
     "`H` made safely positive definite: dead inputs' diagonal replaced, a share of the mean diagonal added."
     if not H.sum().isfinite():
-        raise NumericalError("H has NaN or Inf: check the activations it was made from")
+        raise NumericalError("H has NaN or Inf: check the activations, or take dtype=torch.float64")
     if ratio < 0 or dead <= 0:
         raise AespaError("damp needs ratio >= 0 and dead > 0")
     H = H.clone() if copy else H

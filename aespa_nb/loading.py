@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .capture import in_new_file
 from .notation import AespaError
@@ -113,25 +113,110 @@ def working_on(block: nn.Module, device: torch.device | str, dtype: torch.dtype)
         _trim()
 
 # %% ../nbs/12b_loading.ipynb #55804069
-def _check_folder(folder: Path) -> None:
-    "Raises `AespaError` unless `folder` has a configuration and all of its safetensors shards."
+_WEIGHTS, _READ = ".safetensors", (".json", ".model", ".txt", ".jinja")  # names of the files that are read
+
+
+def _check_files(folder: Path) -> None:
+    "Raises `AespaError` for pipes and their kind, for links out of the folder but of weights, and for huge texts."
+    home = folder.resolve()
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in sorted(folder.iterdir()):
+        if not (path.is_file() or path.is_dir()):
+            raise AespaError(f"{folder} could not be loaded: {path.name} is no plain file; remove it")
+        if path.suffix in _READ and path.stat().st_size > 2**28:
+            raise AespaError(f"{folder} could not be loaded: {path.name} takes more than 256 MiB; download it again")
+        inside = any(path.resolve().is_relative_to(h) for h in homes)
+        if not inside and not (path.suffix == _WEIGHTS and path.is_file()):
+            raise AespaError(f"{folder} could not be loaded: {path.name} is a link out of the folder; copy the file")
+
+# %% ../nbs/12b_loading.ipynb #c12bjson
+def _read_json(path: Path) -> dict:
+    "The object in a JSON file. Raises `AespaError` if there is none."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise AespaError(f"{path.parent} could not be loaded: {path.name} is damaged ({e}); download it again") from e
+    if not isinstance(found, dict):
+        raise AespaError(f"{path.parent} could not be loaded: {path.name} holds no JSON object; download it again")
+    return found
+
+
+def _is_name(name) -> bool:
+    "Whether `name` is that of a file in its folder, and not a way out."
+    return isinstance(name, str) and Path(name).name == name and "\0" not in name and "\\" not in name
+
+# %% ../nbs/12b_loading.ipynb #c12bshrd
+def _shards(folder: Path) -> list[Path]:
+    "The files with the weights. Raises `AespaError` if one is missing, or not in the folder."
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob(f"*{_WEIGHTS}"))
+    names = _read_json(index).get("weight_map")
+    names = sorted(set(names.values())) if isinstance(names, dict) and all(map(_is_name, names.values())) else []
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not names:
+        raise AespaError(f"{folder} could not be loaded: {index.name} names no files of this folder; download it again")
+    if missing:
+        count = f"{len(missing)} of {len(names)} shards"
+        raise AespaError(f"{folder} could not be loaded: {missing[0]} is missing ({count}); download it again")
+    return [folder / name for name in names]
+
+# %% ../nbs/12b_loading.ipynb #c12bsize
+def _tensors_in(shards: list[Path]) -> int:
+    "How many tensors the files hold. Raises `SafetensorError` if a header is damaged."
+    count = 0
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            count += len(file.keys())
+    return count
+
+
+def _numbers(config: dict, names: str) -> dict[str, int]:
+    "Whole numbers of a configuration, nested ones too, whose names match `names`."
+    found = {k: v for k, v in config.items() if isinstance(v, int) and re.search(names, k)}
+    for part in config.values():
+        found |= _numbers(part, names) if isinstance(part, dict) else {}
+    return found
+
+
+def _declared(path: str, trust_remote_code: bool, auto: type) -> int:
+    "Numbers in a model of this configuration; none is in memory."
+    known = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        named = hasattr(auto, "from_config")  # an auto class, not that of one kind of model
+        model = auto.from_config(known, trust_remote_code=trust_remote_code) if named else auto._from_config(known)
+    return sum(t.numel() for t in itertools.chain(model.parameters(), model.buffers()))
+
+# %% ../nbs/12b_loading.ipynb #c12bfold
+_LAYERS = r"layers?$|depth|blocks?$"  # names of what a configuration counts
+
+
+def _check_sizes(folder: Path, shards: list[Path], trust_remote_code: bool, auto: type) -> None:
+    "Raises `AespaError` if the configuration asks for more than the files can hold."
+    config, count = _read_json(folder / "config.json"), _tensors_in(shards)
+    for name, number in _numbers(config, _LAYERS).items():
+        if number > max(count, 64):
+            raise AespaError(f"{folder} could not be loaded: {number} {name} in {count} tensors")
+    size = sum(shard.stat().st_size for shard in shards)
+    declared = _declared(str(folder), trust_remote_code, auto)
+    if declared > 8 * size + 2**26:
+        raise AespaError(f"{folder} could not be loaded: config.json asks for {declared} weights, in {size} bytes")
+
+
+def _check_folder(folder: Path, trust_remote_code: bool = False, auto: type = AutoModelForCausalLM) -> None:
+    "Raises `AespaError` unless `folder` has a configuration and all of its safetensors shards, and they fit."
+    _check_files(folder)
     if not (folder / "config.json").is_file():
         raise AespaError(f"{folder} could not be loaded: it has no config.json, so it is not a model folder")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing:
-            count = f"{len(missing)} of {len(shards)} shards"
-            raise AespaError(f"{folder} could not be loaded: {missing[0]} is missing ({count}); download it again")
-    elif not any(folder.glob("*.safetensors")):
+    if not (shards := _shards(folder)):
         raise AespaError(f"{folder} could not be loaded: it has no .safetensors weights; pickled ones can run code")
+    _check_sizes(folder, shards, trust_remote_code, auto)
 
 # %% ../nbs/12b_loading.ipynb #70054039
-def _check_source(source: str) -> None:
+def _check_source(source: str, trust_remote_code: bool, auto: type) -> None:
     "Raises `AespaError` if `source` is neither a complete model folder nor possibly a name on the hub."
     if Path(source).expanduser().is_dir():
-        _check_folder(Path(source).expanduser())
+        _check_folder(Path(source).expanduser(), trust_remote_code, auto)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise AespaError(f"no model folder at {source!r}")
 
@@ -142,16 +227,21 @@ def _reason(error: Exception) -> str:
         return "it comes with code of its own; read it, then allow it: trust_remote_code=True (--trust-remote-code)"
     if isinstance(error, SafetensorError):
         return f"a shard is damaged ({error}); download it again"
-    return str(error).strip().split("\n")[0]
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says; download it again"
+    lines = str(error).strip().split("\n")
+    if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) and lines[0]:
+        return lines[0]
+    return f"its files make no sense ({type(error).__name__}: {lines[0][:200]}); download it again"
 
 # %% ../nbs/12b_loading.ipynb #009d84de
 def _tokenizer(path, trust_remote_code):
     "The tokenizer beside the weights, or None; transformers makes an empty one up for some kinds of models."
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError):
+    except Exception:  # a damaged one fails in many ways; the model is of use without
         return None
-    return tokenizer if tokenizer.vocab_size else None
+    return tokenizer if tokenizer and tokenizer.vocab_size else None
 
 # %% ../nbs/12b_loading.ipynb #4ec1076a
 def load_model(
@@ -161,12 +251,14 @@ def load_model(
     auto: type = AutoModelForCausalLM,  # the class of transformers that knows which model to build
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     "A model whose weights stay in their safetensors files until they are used, and its tokenizer if it has one."
-    _check_source(source)
     args = dict(trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True)
     path = str(Path(source).expanduser()) if source.startswith("~") else source
     try:
+        _check_source(source, trust_remote_code, auto)
         model, info = auto.from_pretrained(path, dtype=dtype or "auto", **args)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as e:
+    except AespaError:
+        raise
+    except Exception as e:  # what transformers makes of a damaged folder can be anything
         raise AespaError(f"{source!r} could not be loaded: {_reason(e)}") from e
     if info["missing_keys"]:
         lacking = min(info["missing_keys"])

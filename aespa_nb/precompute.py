@@ -43,7 +43,7 @@ def _check_pair(H, G):
         if M.ndim not in (2, 3) or M.shape[-1] != M.shape[-2]:
             raise AespaError(f"{name} must be [n n] or [heads n n], got {list(M.shape)}")
         if not M.sum().isfinite():
-            raise NumericalError(f"{name} has NaN or Inf: check the activations it was made from")
+            raise NumericalError(f"{name} has NaN or Inf: check the activations, or take dtype=torch.float64")
     if G is not None and H.ndim == G.ndim == 3 and len(H) != len(G):
         raise AespaError(f"H has {len(H)} heads and G has {len(G)}")
 

@@ -7,6 +7,8 @@ __all__ = ['norm_weights', 'Scales', 'learn_block', 'tune_scales', 'block_error'
            'LearnedClip', 'free_groups', 'input_reach', 'free_scales', 'ClippedLinears', 'put_rounded']
 
 # %% ../nbs/13c_tune.ipynb #cde39255
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -153,12 +155,15 @@ def tune_scales(
     batch_size: int = 8,  # sequences in a step; `stream.batch_size` of them run together
     seed: int = 0,  # of the order of the sequences
 ) -> tuple[dict[str, Grid], list[float]]:  # the new grids; the relative loss of every step
-    "Fits steps and norm weights to the block's output by Adam; the codes stay. Raises `AespaError` on bad options."
+    "Fits steps and norm weights to the block's output by Adam; codes stay. What is no better in the end is dropped."
     _check_options(stream, target, iterations, lr, batch_size)
     scales = Scales(block, grids)
     adam = torch.optim.Adam(scales.factors.values(), lr=lr)
     losses = list(learn_block(block, scales.parameters, adam, stream, target, iterations, batch_size, seed))
-    for name, value in scales.parameters().items():
+    tuned, error = scales.parameters(), functools.partial(block_error, block, stream, target)
+    if not error(tuned) <= error():
+        return grids, losses  # all stays as it was
+    for name, value in tuned.items():
         block.get_parameter(name).copy_(value)
     return {n: replace(g, step=g.step * scales.factors[n].detach().to(g.step)) for n, g in grids.items()}, losses
 
@@ -175,7 +180,7 @@ def block_error(
     for seqs in torch.arange(len(target)).split(stream.batch_size):
         x, y, call = part(stream.hidden, seqs), part(target, seqs), stream.arguments(seqs)
         total += float(_relative_error(block, weights or {}, x, y, call, 1))
-    return total / float(sum_all(target.double().pow(2)))
+    return total / max(float(sum_all(target.double().pow(2))), sys.float_info.min)
 
 # %% ../nbs/13c_tune.ipynb #c13ctask
 @dataclass

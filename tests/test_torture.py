@@ -1,0 +1,122 @@
+"""A slice of tools/torture.py: damaged models end in a model no worse than round-to-nearest, or in one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, AespaError
+from aespa_nb.aespa import _check_fits, _round_safely, check_model
+from aespa_nb.grid import minmax_grid
+from aespa_nb.notation import NumericalError
+from aespa_nb.precompute import KroneckerLoss
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import torture  # noqa: E402
+
+ROUNDED = [
+    ("llama", "dead channels: all norm weights 0", "best"),
+    ("llama", "exploding channel: norm weight times 1e+08", "gptq"),
+    ("llama", "constant token stream", "best"),
+    ("llama", "one sequence of three tokens", "turboboa"),
+    ("llama", "weights: all equal", "max"),
+    ("llama", "weights: equal within rows", "max"),
+    ("llama", "weights: all 0", "aespa"),
+    ("llama", "one outlier of 1e+03 in each weight", "max"),
+    ("llama", "queries and keys times 1e+06", "best"),
+    ("llama", "float16 that overflows in a block", "gptq"),
+    ("opt", "duplicate channels", "zfold"),
+    ("opt", "identical heads", "adaround"),
+    ("moe", "constant token stream", "best"),
+    ("moe", "experts: the router is blind", "gptq"),
+]
+REFUSED = [
+    ("one outlier of 3e+38 in each weight", "NaN or Inf"),
+    ("nan in a norm", "layernorm.weight has NaN or Inf: the checkpoint is damaged"),
+    ("inf in the head", "lm_head.weight has NaN or Inf: the checkpoint is damaged"),
+    ("nan in an embedding that no token uses", "embed_tokens.weight has NaN or Inf: the checkpoint is damaged"),
+    ("float16, both ends at its largest number", "reaches beyond torch.float16: load the model as torch.float32"),
+    ("exploding channel: norm weight times 1e+18", "take dtype=torch.float64"),
+    ("sequences of one token", "at least 2 tokens"),
+]
+
+
+@pytest.mark.parametrize(("kind", "case", "preset"), ROUNDED)
+def test_no_worse_than_round_to_nearest(kind, case, preset):
+    rtn, row = (torture.one(kind, case, p) for p in ("rtn", preset))
+    assert torture.judge(row, rtn) == "rounded", (row, rtn)
+
+
+@pytest.mark.parametrize(("case", "message"), REFUSED)
+def test_a_clear_line_else(case, message):
+    row = torture.one("llama", case, "gptq")
+    assert row["end"] == "refused" and row["one_line"] and message in row["why"], row
+
+
+def problem(**changes):
+    "A weight and a loss that is as it should be."
+    g = torch.Generator().manual_seed(0)
+    W, X = torch.randn(8, 16, generator=g), torch.randn(16, 64, generator=g)
+    config = AespaConfig.preset("gptq", 3, **changes)
+    return W, X @ X.T / 64, torch.ones(16), config
+
+
+def test_a_good_layer_is_left_alone():
+    W, H, zeta, config = problem()
+    notes = []
+    W_hat, grid, rtn, loss, same = _round_safely("x", W, KroneckerLoss(H), zeta, config, W, notes)
+    assert loss < rtn and not notes and same is zeta and torch.equal(grid.round(W_hat), W_hat)
+
+
+@pytest.mark.parametrize(("lowest", "how"), [(-0.05, "raised by 0.1"), (-0.5, "raised by 1"), (-30, "lifted")])
+def test_an_indefinite_hessian_is_damped_in_visible_steps(lowest, how):
+    W, H, zeta, config = problem()
+    Q, values = torch.linalg.eigh(H).eigenvectors, torch.linspace(0.5, 2, 16)
+    values[3] = lowest
+    H = Q @ torch.diag(values) @ Q.T
+    notes = []
+    W_hat, grid, rtn, loss, _ = _round_safely("x", W, KroneckerLoss(H), zeta, config, W, notes)
+    assert "x: H is not positive definite" in notes[0] and how in notes[0], notes
+    assert torch.isfinite(W_hat).all() and loss <= rtn
+
+
+def test_a_solution_worse_than_round_to_nearest_is_dropped(monkeypatch):
+    W, H, zeta, config = problem()
+    bad = lambda W, loss, zeta, config, target: (0 * W, minmax_grid(W, 3), 1.0, 9.0)
+    monkeypatch.setattr("aespa_nb.aespa.round_layer", bad)
+    notes = []
+    W_hat, grid, rtn, loss, _ = _round_safely("x", W, KroneckerLoss(H), zeta, config, W, notes)
+    assert torch.equal(W_hat, minmax_grid(W, 3).round(W)) and loss == rtn and "rounded to nearest" in notes[0]
+
+
+def test_without_a_solution_the_layer_is_rounded_to_nearest(monkeypatch):
+    W, H, zeta, config = problem()
+
+    def fails(*args):
+        raise NumericalError("no: never")
+
+    monkeypatch.setattr("aespa_nb.aespa.round_layer", fails)
+    notes = []
+    W_hat, *_ = _round_safely("x", W, KroneckerLoss(H), 2 * zeta, config, W, notes)
+    assert torch.equal(W_hat, minmax_grid(W, 3).round(W)) and notes == ["x: no damping helped: rounded to nearest"]
+
+
+def test_losses_beyond_float32_are_compared_in_float64():
+    W, H, zeta, config = problem()
+    W = 1e25 * W
+    notes = []
+    W_hat, _, rtn, loss, _ = _round_safely("x", W, KroneckerLoss(H), zeta, config, W, notes)
+    assert torch.isfinite(W_hat).all() and loss <= rtn < float("inf")
+
+
+def test_numbers_that_the_model_cannot_hold():
+    _check_fits(torch.tensor([6e4]), torch.float16, "x")
+    for value in (7e4, float("inf"), float("nan")):
+        with pytest.raises(NumericalError, match="x: its grid reaches beyond torch.float16"):
+            _check_fits(torch.tensor([value]), torch.float16, "x")
+
+
+def test_nothing_to_round_is_said():
+    model, tokens = torture.build("llama")
+    with pytest.raises(AespaError, match="nothing to round"):
+        check_model(model, tokens, AespaConfig(keep={"self_attn": 16, "mlp": 16}))
