@@ -23,7 +23,7 @@ help:
 	@echo "  make campaign         repeat the long measurements behind chapters 10 and 32 (hours on a CPU)"
 	@echo "  make comparison       run what is missing of chapter 30's comparison (a day on a CPU)"
 	@echo "  make torture          round damaged models with every preset (half an hour on a CPU)"
-	@echo "  make hostile          damaged files and hostile input, 44 kinds (ten minutes)"
+	@echo "  make hostile          damaged files and hostile input, 43 kinds (ten minutes)"
 	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"
 	@echo "  make constraints      pin the versions that are installed now"
 	@echo "  make clean            remove what was built; .venv stays"
