@@ -117,6 +117,8 @@ def _add_k(total, W, Q, R, seen, budget):
 class GaussNewtonSums(AttentionSums):
     "Running sums over calibration tokens for one attention module; kept on `device` in `dtype`."
 
+    SUMS = "gram", "hv", "gq", "gk", "hk", "change", "queries", "probed"
+
     def __init__(
         self,
         n_heads: int,  # query heads

@@ -32,6 +32,8 @@ def _rows(X: Inputs, like: Tensor) -> Float[Tensor, "tokens inp"]:
 class PairedGram(Gram):
     "Streaming means of `x x^T` and of `(x_full - x) x^T`: what a layer's input is, and how it has drifted."
 
+    SUMS = "total", "cross", "tokens"
+
     def __init__(self, inp: int, device=None, dtype=torch.float32):
         super().__init__(inp, device, dtype)
         self.cross = torch.zeros_like(self.total)
@@ -108,6 +110,7 @@ class Drift(NamedTuple):
 class StreamGram(PairedGram):
     "A `PairedGram` that also sees the stream `h` to which the layer's output is added."
 
+    SUMS = "total", "cross", "cross_stream", "tokens"
     cross_stream = None  # sum of (h_full - h) x^T
 
     def add_stream(
