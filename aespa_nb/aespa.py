@@ -42,6 +42,7 @@ from .gptq import gptq
 from .grid import Grid, check_bits, grouped, minmax_grid
 from .gridfit import fit_grid
 from .hessian import damp
+from .journal import Journal, fingerprint, open_journal
 from .loading import _trim, give_back, working_on
 from .losses import Part, block_losses, parts_of, stages_of, survey
 from .notation import AespaError, NumericalError, UnsupportedModelError
@@ -656,27 +657,48 @@ def quantize_model(
     tokens: Int[Tensor, "seq tok"] | dict[str, Tensor],  # calibration tokens, or all of the model's inputs by name
     config: AespaConfig = AespaConfig(),
     progress: bool = False,  # show a progress bar
+    journal: str | Path | None = None,  # folder for finished blocks; those it holds already are not done again
     team: Team = ALONE,  # `joined` processes that share the work; each calls this with the same arguments
 ) -> QuantReport:
     "Rounds the linears of all blocks in place (aespa, Algorithm 1); the rest stays, norms too unless `tuning` is on."
     check_model(model, tokens, config)
-    inputs, training = _draw(tokens, config), model.training
+    inputs = _draw(tokens, config)
     shares = check_team(team, config, len(next(iter(inputs.values()))))
     device = torch.device(config.device or model.device)
     report, start = QuantReport(config), time.perf_counter()
     total = sum(len(linears_of(b)) for path in stacks_of(model) for b in model.get_submodule(path))
-    model.eval()
     _warm_up(config.solver)
-    try:
-        with _measuring_memory(report, device), capturing(model), _progress(total, progress) as bar:
-            _quantize_blocks(model, inputs, shares, device, report, bar)
-    finally:
-        model.train(training)
+    book = _opened(journal if team.rank == 0 else None, model, inputs, report)
+    with book as book, _measuring_memory(report, device), _evaluating(model), capturing(model):
+        with _progress(total, progress) as bar:
+            _quantize_blocks(model, inputs, shares, device, report, bar, book)
     report.seconds = time.perf_counter() - start
     return report
 
+# %% ../nbs/14_aespa.ipynb #c14open
+@contextlib.contextmanager
+def _opened(folder: str | Path | None, model, inputs, report) -> Iterator[Journal | None]:
+    "The journal in `folder`, if there is to be one; what it noticed goes into the report."
+    if folder is None:
+        yield None
+        return
+    with open_journal(folder, _identity(model, inputs, report.config)) as journal:
+        yield journal
+        report.notes += journal.notes
+
+
+@contextlib.contextmanager
+def _evaluating(model) -> Iterator[None]:
+    "The model as in use, without dropout."
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
 # %% ../nbs/14_aespa.ipynb #8c8c94b5
-def _quantize_blocks(model, inputs, shares, device, report, bar) -> None:
+def _quantize_blocks(model, inputs, shares, device, report, bar, journal) -> None:
     "Visits the blocks in order; one at a time is on `device` in the working precision."
     config, paths = report.config, stacks_of(model)
     with contextlib.ExitStack() as stack:
@@ -689,7 +711,7 @@ def _quantize_blocks(model, inputs, shares, device, report, bar) -> None:
             for i, block in enumerate(model.get_submodule(path)):
                 with working_on(block, device, config.dtype):
                     announce = lambda name, i=i: bar(f"block {i}: {name}")
-                    _visit_block(model, block, streams, report, announce, f"{path}.{i}.")
+                    _visit_block(model, block, streams, report, announce, f"{path}.{i}.", journal)
 
 # %% ../nbs/14_aespa.ipynb #c14visit
 def _tune(block, results, streams, config) -> None:
@@ -702,14 +724,81 @@ def _tune(block, results, streams, config) -> None:
         r.grid = move(grids[name], "cpu")
 
 
-def _visit_block(model, block, streams, report, announce, prefix) -> None:
-    "Rounds a block and hands its outputs over; the second stream, if there is one, stays at full precision."
+def _new_block(model, block, streams, config, announce, prefix) -> tuple[dict[str, LayerResult], dict]:
+    "Rounds a block in place: the results, and what else is to be reported."
+    quantize = _quantize_block if config.method == "layers" else _quantize_whole
+    results, memory, notes = quantize(model, block, streams, config, announce, prefix)
+    if config.tuning:
+        _tune(block, results, streams, config)
+    return results, dict(memory=memory, notes=[f"{prefix[:-1]}: {note}" for note in notes])
+
+# %% ../nbs/14_aespa.ipynb #c14visi2
+def _visit_block(model, block, streams, report, announce, prefix, journal) -> None:
+    "Rounds a block, or takes it from the journal; then its outputs are handed over, in each stream there is."
+    name, team = prefix[:-1], streams[0].shares.team
+    stored = team.first(lambda: journal and journal.get(name))
     report.block_bytes = max(report.block_bytes, sum(p.nbytes for p in block.parameters()))
-    quantize = _quantize_block if report.config.method == "layers" else _quantize_whole
-    results, memory, notes = quantize(model, block, streams, report.config, announce, prefix)
-    report.statistics_bytes = max(report.statistics_bytes, memory)
-    report.notes += [f"{prefix[:-1]}: {note}" for note in notes]
-    if report.config.tuning:
-        _tune(block, results, streams, report.config)
+    if stored:
+        for stream in streams[1:]:
+            stream.run(block, keep=True)  # still at full precision
+        results, facts = _restore_block(block, *stored)
+        for layer in results:
+            announce(layer)
+    else:
+        results, facts = _new_block(model, block, streams, report.config, announce, prefix)
+        if journal:
+            journal.put(name, *_record_block(block, results, facts))
+    report.statistics_bytes = max(report.statistics_bytes, facts["memory"])
+    report.notes += facts["notes"]
     streams[0].run(block, keep=True)
-    report.layers.update({prefix + name: result for name, result in results.items()})
+    report.layers.update({prefix + layer: result for layer, result in results.items()})
+
+# %% ../nbs/14_aespa.ipynb #c14jour1
+def _weight_again(result: LayerResult, codes: Tensor) -> Float[Tensor, "out inp"]:
+    "The weight from its codes, by the operations that made it."
+    return result.grid.values(codes.to(result.grid.step.dtype)) * result.zeta
+
+
+def _record_block(block, results, facts) -> tuple[dict[str, Tensor], dict]:
+    "A finished block as tensors and facts."
+    tensors = {f"parameter:{name}": p for name, p in block.named_parameters() if p.ndim < 2}
+    layers = {}
+    for name, r in results.items():
+        codes = r.W_int
+        tensors |= {f"codes:{name}": codes, f"zeta:{name}": r.zeta.clone()}
+        tensors |= {f"step:{name}": r.grid.step, f"zero:{name}": r.grid.zero}
+        if not torch.equal(_weight_again(r, codes), r.weight.cpu()):
+            tensors[f"weight:{name}"] = r.weight
+        layers[name] = dict(bits=r.grid.bits, loss_rtn=r.loss_rtn, loss=r.loss, seconds=r.seconds)
+    return tensors, facts | dict(layers=layers)
+
+# %% ../nbs/14_aespa.ipynb #c14jour2
+def _restore_block(block, tensors, facts) -> tuple[dict[str, LayerResult], dict]:
+    "Makes `block` what it was when it was stored; its results and facts."
+    results, layers = {}, facts.pop("layers")
+    for name, p in block.named_parameters():
+        if p.ndim < 2:
+            p.copy_(tensors[f"parameter:{name}"])
+    for name, fact in layers.items():
+        step, zero, zeta, codes = (tensors[f"{kind}:{name}"] for kind in ("step", "zero", "zeta", "codes"))
+        r = results[name] = LayerResult(Grid(fact.pop("bits"), step, zero), zeta, block, name, **fact)
+        weight = tensors.get(f"weight:{name}")
+        r.weight.copy_(_weight_again(r, codes) if weight is None else weight)
+    return results, facts
+
+# %% ../nbs/14_aespa.ipynb #c14jour3
+def _identity(model: PreTrainedModel, inputs: dict[str, Tensor], config: AespaConfig) -> dict:
+    "What tells this run from another: every weight, every token, every setting."
+    blocks = {f"{path}.{i}": b for path in stacks_of(model) for i, b in enumerate(model.get_submodule(path))}
+    weights, inside = {}, set()
+    for name, block in blocks.items():
+        weights[name] = fingerprint(block.parameters())
+        inside |= {id(p) for p in block.parameters()}
+        give_back(block)
+    weights["the rest"] = fingerprint(p for p in model.parameters() if id(p) not in inside)
+    settings = json.loads(model.config.to_json_string())
+    for key in ("_name_or_path", "transformers_version"):
+        settings.pop(key, None)
+    fields = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in asdict(config).items()}
+    tokens = {k: fingerprint([v]) for k, v in inputs.items()}
+    return dict(config=fields, calibration=tokens, weights=weights, model=settings)

@@ -103,6 +103,15 @@ class Team:
 # %% ../nbs/16_scale.ipynb #c16alone
 ALONE = Team()
 
+# %% ../nbs/16_scale.ipynb #c16enough
+def _checked(size, shares, batches) -> int:
+    "How many shares there will be. Raises `AespaError` unless every process has one."
+    if size > batches:
+        raise AespaError(f"{size} processes for {batches} batches: use fewer, or more calibration sequences")
+    if size > shares:
+        raise AespaError(f"{size} processes for {shares} shares: give shares={size} or more (--shares {size})")
+    return min(shares, batches)
+
 # %% ../nbs/16_scale.ipynb #c16shares
 class Shares:
     "The calibration sequences, cut into contiguous shares of whole batches, and which of them this process reads."
@@ -115,8 +124,7 @@ class Shares:
         team: Team = ALONE,
     ):
         batches = -(-sequences // batch_size)
-        self.team, self.count = team, min(shares, batches)
-        _check_enough(team.size, shares, batches)
+        self.team, self.count = team, _checked(team.size, shares, batches)
         cut = lambda i: min(batches * i // self.count * batch_size, sequences)
         self.spans = [slice(cut(i), cut(i + 1)) for i in range(self.count)]
         self.mine = range(team.rank, self.count, team.size)
@@ -127,14 +135,6 @@ class Shares:
         "What belongs to this process, of a tensor with all sequences."
         spans = [t[self.spans[share]] for share in self.mine]
         return spans[0] if len(spans) == 1 else torch.cat(spans)
-
-# %% ../nbs/16_scale.ipynb #c16enough
-def _check_enough(size, shares, batches) -> None:
-    "Raises unless every process has a share."
-    if size > batches:
-        raise AespaError(f"{size} processes for {batches} batches: use fewer, or more calibration sequences")
-    if size > shares:
-        raise AespaError(f"{size} processes for {shares} shares: give shares={size} or more (--shares {size})")
 
 # %% ../nbs/16_scale.ipynb #c16sums
 def _sums(statistics, seen: set) -> Iterator[tuple[object, str]]:

@@ -11,10 +11,8 @@ import ctypes
 import itertools
 import json
 import mmap
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .capture import in_new_file
 from .notation import AespaError
 
 # %% ../nbs/12b_loading.ipynb #849d37a6
@@ -69,25 +68,12 @@ def give_back(module: nn.Module) -> None:
         if in_file(t):
             _drop_pages(t)
 
-# %% ../nbs/12b_loading.ipynb #725d5776
-def _claim(path: str, size: int) -> None:
-    "Makes a file of `size` bytes. Raises `AespaError` if the disk is full."
-    try:
-        with open(path, "wb") as file:
-            getattr(os, "posix_fallocate", lambda fd, start, size: os.truncate(fd, size))(file.fileno(), 0, size)
-    except OSError as e:
-        disk = tempfile.gettempdir()
-        raise AespaError(f"no room for {size >> 20} MiB in {disk}: let TMPDIR name a folder on a larger disk") from e
-
 # %% ../nbs/12b_loading.ipynb #95564ef2
 def to_file(t: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    "A copy of `t` in a nameless file of the temporary folder (`TMPDIR`), not in memory."
+    "A copy of `t` in a nameless file of the temporary folder (`TMPDIR`), not in memory. Raises as `in_new_file`."
     if not t.numel():
         return t
-    with tempfile.TemporaryDirectory(prefix="aespa_nb-", ignore_cleanup_errors=True) as folder:
-        path = str(Path(folder) / "weight")
-        _claim(path, t.nbytes)
-        mapped = torch.from_file(path, shared=True, size=t.numel(), dtype=t.dtype).view(t.shape)
+    mapped = in_new_file(t.shape, t.dtype)
     mapped.copy_(t)
     _drop_pages(mapped)
     return mapped

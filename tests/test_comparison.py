@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from aespa_nb.cli import main
-from aespa_nb.comparison import claim_folder, comparison_table, fingerprint, plan_runs, read_records, spread
+from aespa_nb.comparison import claim_folder, comparison_table, plan_runs, read_records, spread
+from aespa_nb.journal import fingerprint
 from aespa_nb.notation import AespaError
 
 WORDS = "compare reference --samples 2 --eval-samples 2 --quiet --presets rtn gptq".split()

@@ -24,7 +24,7 @@ from aespa_nb.adaround import adaround
 from aespa_nb.aespa import block_losses
 from aespa_nb.attention import causal_mask, rope_cos_sin
 from aespa_nb.capture import BlockStream, capturing
-from aespa_nb.comparison import write_json
+from aespa_nb.journal import write_json
 from aespa_nb.descent import descend
 from aespa_nb.gptq import gptq
 from aespa_nb.gridfit import fit_grid

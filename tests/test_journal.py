@@ -1,0 +1,219 @@
+"""Runs that are stopped and go on: nothing lost, nothing wrong, the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, AespaError, quantize_model
+from aespa_nb.aespa import PRESETS, report_rows
+from aespa_nb.journal import differences, locked, open_journal, write_file, write_json
+from models import MODELS, small
+
+TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+QUICK = dict(bits=3, iterations=3)
+
+
+def run(journal=None, preset="best", kind="llama", dtype=torch.float32, tokens=TOKENS, **changes):
+    "A rounded small model and its report."
+    model = small(kind, dtype)
+    if preset == "max":
+        changes["tuning"] = 2
+    return model, quantize_model(model, tokens, AespaConfig.preset(preset, **QUICK, **changes), journal=journal)
+
+
+def same(a, b):
+    "Are two runs' models, grids and losses equal to the last bit?"
+    (model, report), (other, again) = a, b
+    states = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in report_rows(x)] for x in (report, again)]
+    grids = all(
+        torch.equal(r.grid.step, s.grid.step) and torch.equal(r.grid.zero, s.grid.zero) and torch.equal(r.zeta, s.zeta)
+        for r, s in zip(report.layers.values(), again.layers.values(), strict=True)
+    )
+    return grids and rows[0] == rows[1] and all(torch.equal(x, y) for x, y in states)
+
+
+def only(folder, *kept):
+    "Forgets all blocks but some, as if the run had been killed."
+    for path in folder.glob("*.safetensors"):
+        if path.stem[-1] not in kept:
+            path.unlink()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, preset):
+    plain, first = run(preset=preset), run(tmp_path, preset)
+    assert same(plain, first)
+    only(tmp_path, "0")
+    assert same(plain, run(tmp_path, preset))  # block 1 anew
+    assert same(plain, run(tmp_path, preset))  # all from the journal
+    only(tmp_path, "1")
+    assert same(plain, run(tmp_path, preset))  # a block in the middle is missing
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_all_kinds_of_models(tmp_path, kind):
+    zfold = dict(preset="zfold") if kind in ("llama", "opt") else {}
+    plain = run(kind=kind, **zfold)
+    run(tmp_path, kind=kind, **zfold)
+    only(tmp_path, "0")
+    assert same(plain, run(tmp_path, kind=kind, **zfold))
+
+
+def test_half_precision_models_hand_over_what_the_block_computed(tmp_path):
+    plain = run(dtype=torch.bfloat16)
+    run(tmp_path, dtype=torch.bfloat16)
+    only(tmp_path, "0")
+    assert same(plain, run(tmp_path, dtype=torch.bfloat16))
+
+
+def test_layers_that_were_kept_and_experts(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = MixtralConfig(**sizes, intermediate_size=16, num_local_experts=4, max_position_embeddings=32)
+
+    def once(journal):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(config).eval()
+        wanted = AespaConfig.preset("best", 2, keep={"q_proj": 16, "v_proj": 4})
+        return model, quantize_model(model, TOKENS, wanted, journal=journal)
+
+    plain = once(None)
+    assert same(plain, once(tmp_path))
+    only(tmp_path, "0")
+    assert same(plain, once(tmp_path))
+
+
+def test_another_run_is_refused_with_the_difference_named(tmp_path):
+    run(tmp_path)
+    for changes, match in (
+        (dict(seed=1), r"config\.seed is 0 there and 1 here"),
+        (dict(preset="gptq"), r"config\.\w+ is .*and \d more"),
+        (dict(tokens=TOKENS.flip(0)), r"calibration\.input_ids is"),
+        (dict(kind="mha"), "holds another run: "),
+    ):
+        with pytest.raises(AespaError, match=match):
+            run(tmp_path, **changes)
+    model = small()
+    model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(AespaError, match=r"weights\.model\.layers\.1 is"):
+        quantize_model(model, TOKENS, AespaConfig.preset("best", **QUICK), journal=tmp_path)
+    model = small()
+    model.config.rms_norm_eps = 1e-3
+    with pytest.raises(AespaError, match=r"model\.rms_norm_eps is"):
+        quantize_model(model, TOKENS, AespaConfig.preset("best", **QUICK), journal=tmp_path)
+    assert same(run(), run(tmp_path))  # and it is as good as before
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    middle = len(data) // 2
+    return {
+        "empty": b"",
+        "truncated": data[:-1],
+        "longer": data + b"\0",
+        "flipped": data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :],
+        "header": b"\xff" * 8 + data[8:],
+        "text": b"{}",
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "longer", "flipped", "header", "text"])
+@pytest.mark.parametrize("name", ["model.layers.0.safetensors", "model.layers.1.safetensors", "run.json"])
+def test_a_damaged_file_is_noticed_and_made_again(tmp_path, name, how):
+    plain = run(tmp_path, "gptq")
+    path = tmp_path / name
+    path.write_bytes(damaged(path.read_bytes().rstrip(), how))
+    again = run(tmp_path, "gptq")
+    assert same(plain, again)
+    assert any(name in note and "damaged" in note for note in again[1].notes)
+    assert run(tmp_path, "gptq")[1].notes == plain[1].notes  # it is whole again
+
+
+def test_a_block_of_another_run_does_not_fit(tmp_path):
+    run(tmp_path / "a", "gptq"), run(tmp_path / "b", "rtn")
+    (tmp_path / "b/model.layers.0.safetensors").replace(tmp_path / "a/model.layers.0.safetensors")
+    assert same(run(preset="gptq"), run(tmp_path / "a", "gptq"))
+
+
+def test_other_versions_are_told(tmp_path):
+    run(tmp_path, "rtn")
+    header = json.loads((tmp_path / "run.json").read_text())
+    header["versions"]["torch"] = "1.0"
+    write_json(tmp_path / "run.json", header)
+    assert any("versions.torch is 1.0" in n or "torch is 1.0" in n for n in run(tmp_path, "rtn")[1].notes)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with locked(tmp_path):
+        code = "import sys, pathlib\nfrom aespa_nb.journal import locked\nwith locked(pathlib.Path(sys.argv[1])): pass"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode and "another process works in" in done.stderr
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import os, sys, pathlib\nfrom aespa_nb.journal import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_full_disk_at_each_write_loses_nothing(tmp_path, monkeypatch, at):
+    from aespa_nb import journal
+
+    plain, writes = run(preset="gptq"), []
+
+    def scarce(path, write):
+        writes.append(path)
+        if len(writes) > at:
+            return write_file(path, lambda new: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        return write_file(path, write)
+
+    monkeypatch.setattr(journal, "write_file", scarce)
+    with pytest.raises(AespaError, match="No space left on device"):
+        run(tmp_path, "gptq")
+    monkeypatch.undo()
+    finished = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".json", ".safetensors")}
+    assert len(finished) == at
+    assert same(plain, run(tmp_path, "gptq"))
+    assert all((tmp_path / name).read_bytes() == data for name, data in finished.items())
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(AespaError, match="can't be written to"):
+        run(tmp_path / "inside")
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AespaError, match="can't be written to"):
+        run(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_differences_are_named():
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
+    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 2}}) == [
+        "a.b is 1 there and 2 here",
+        "c is 2 there and None here",
+    ]
+
+
+def test_parts_come_back_as_they_were(tmp_path):
+    tensors = dict(x=torch.randn(3, 4).T, y=torch.arange(5, dtype=torch.uint8), z=torch.ones(2).bfloat16())
+    with open_journal(tmp_path, {"a": 1}) as journal:
+        journal.put("part", tensors, {"loss": 0.1, "name": "ä"})
+        back, facts = journal.get("part")
+        assert journal.get("other") is None and journal.notes == []
+    assert facts == {"loss": 0.1, "name": "ä"} and back.keys() == tensors.keys()
+    assert all(torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in tensors.items())
