@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from aespa_nb.cli import check_free, complete_folder, load_model, main
+from aespa_nb.cli import load_model, main
+from aespa_nb.journal import check_free, complete_folder
 from aespa_nb.notation import AespaError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
