@@ -9,6 +9,7 @@ __all__ = ['ALONE', 'Team', 'Shares', 'ShareSum', 'joined', 'speaks_first']
 import contextlib
 import datetime
 import io
+import itertools
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ class _Packer(pickle.Pickler):
         self.tensors.append(x.detach().contiguous())
         return x.shape, x.dtype, x.device.type
 
-
+# %% ../nbs/16_scale.ipynb #c16unpack
 class _Unpacker(pickle.Unpickler):
     "Makes room for the tensors."
 
@@ -128,8 +129,8 @@ class Shares:
         cut = lambda i: min(batches * i // self.count * batch_size, sequences)
         self.spans = [slice(cut(i), cut(i + 1)) for i in range(self.count)]
         self.mine = range(team.rank, self.count, team.size)
-        sizes = [-(-(s.stop - s.start) // batch_size) for s in self.spans[self.mine.start :: self.mine.step]]
-        self.ends = {sum(sizes[: i + 1]): share for i, share in enumerate(self.mine)}  # batches done -> share
+        batches = [-(-(s.stop - s.start) // batch_size) for s in self.spans[team.rank :: team.size]]
+        self.ends = dict(zip(itertools.accumulate(batches), self.mine))  # batches done -> share that ends there
 
     def pick(self, t: Tensor) -> Tensor:
         "What belongs to this process, of a tensor with all sequences."
@@ -225,6 +226,14 @@ class ShareSum(_Total):
                 piece.zero_()
         sums.write_counts()
 
+# %% ../nbs/16_scale.ipynb #c16env
+def _check_environment() -> None:
+    "Raises `AespaError` unless the launcher has said all there is to know."
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        size = os.environ["WORLD_SIZE"]
+        raise AespaError(f"WORLD_SIZE is {size} but {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE")
+
 # %% ../nbs/16_scale.ipynb #c16join
 @contextlib.contextmanager
 def joined(
@@ -234,6 +243,7 @@ def joined(
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ALONE
         return
+    _check_environment()
     local, gpus, wait = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count(), datetime.timedelta(hours=hours)
     if local < gpus:
         torch.cuda.set_device(local)  # what "cuda" means from now on
