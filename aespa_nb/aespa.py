@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PRESETS', 'RunConfig', 'AespaConfig', 'bits_of', 'LayerResult', 'round_layer', 'QuantReport',
-           'report_rows', 'report_json', 'check_model', 'quantize_model']
+           'report_rows', 'report_json', 'check_model', 'check_team', 'quantize_model']
 
 # %% ../nbs/14_aespa.ipynb #99f969c4
 import contextlib
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +37,7 @@ from .baselines.signround import signround
 from .capture import BlockStream, _as_inputs, capturing, stacks_of, zeta_groups
 from .data import check_tokens
 from .descent import best_of_starts, vary_grid
+from .distributed import ALONE, Shares, Team
 from .families import kind_of, linears_of, weight_of
 from .gptq import gptq
 from .grid import Grid, check_bits, grouped, minmax_grid
@@ -93,7 +95,7 @@ def _validate(config) -> None:
             raise AespaError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
     if config.group_size is not None and config.group_size < 1:
         raise AespaError(f"group_size must be positive or None, not {config.group_size}")
-    for name in ("iterations", "lr", "loss_scale", "batch_size", "samples"):
+    for name in ("iterations", "lr", "loss_scale", "batch_size", "samples", "shares"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise AespaError(f"{name} must be positive, not {value}")
@@ -110,6 +112,7 @@ class RunConfig:
 
     samples: int | None = None  # sequences drawn from the tokens with `seed`; None: all of them
     batch_size: int = 1  # sequences that run together; more may be faster on a GPU, where memory allows
+    shares: int = 1  # parts of the sequences that are summed up one by one; as many processes can share the work
     seed: int = 0
     device: str | None = None  # where blocks are worked on; None: where the model is
     dtype: torch.dtype = torch.float32  # of statistics and solving
@@ -385,17 +388,67 @@ def _damped(losses: dict[str, KroneckerLoss], ratio: float) -> tuple[dict[str, K
     return losses, sum(M.nbytes for M in done.values())
 
 # %% ../nbs/14_aespa.ipynb #769ba8a8
-def _put(results, block, part: Part, W_hat, grid, zeta, rtn, loss, seconds) -> None:
-    "Writes a rounded part into its weight, and into the linear's result."
-    weight, name = weight_of(block, part.linear), part.linear
-    rows = slice(None) if part.rows is None else part.rows
-    weight[rows if part.rows is None else rows.to(weight.device)] = W_hat.to(weight.dtype)
+def _write(block, part: Part, W_hat) -> None:
+    "Writes a rounded part into its weight."
+    weight = weight_of(block, part.linear)
+    weight[slice(None) if part.rows is None else part.rows.to(weight.device)] = W_hat.to(weight.dtype)
+
+
+def _note(results, block, part: Part, grid, zeta, rtn, loss, seconds) -> None:
+    "Writes a rounded part into its linear's result."
+    name, rows = part.linear, slice(None) if part.rows is None else part.rows
     if name not in results:
-        blank = torch.ones(len(weight), grid.step.shape[-1], dtype=grid.step.dtype)
+        blank = torch.ones(len(weight_of(block, name)), grid.step.shape[-1], dtype=grid.step.dtype)
         results[name] = LayerResult(replace(grid, step=blank, zero=blank.clone()), zeta.cpu(), block, name)
     r = results[name]
     r.grid.step[rows], r.grid.zero[rows] = grid.step.cpu(), grid.zero.cpu()
     r.loss_rtn, r.loss, r.seconds = r.loss_rtn + rtn, r.loss + loss, r.seconds + seconds
+
+# %% ../nbs/14_aespa.ipynb #c14tasks
+class _Task(NamedTuple):
+    "Rows of a part that can be rounded by themselves."
+
+    name: str  # of the part
+    part: Part  # with these rows only
+    rows: slice = slice(None)  # of the part's rows
+    heads: slice | None = None  # of its loss
+    last: bool = True  # of the part
+
+
+def _tasks(name, part, rows, loss, shares) -> list[_Task]:
+    "A part; with several `shares` that many pieces that don't interact: heads, or rows when `G` is the identity."
+    units = loss.heads if loss.heads > 1 else rows // 32 if loss.G is None else 1
+    n = min(shares, units)
+    if n < 2:
+        return [_Task(name, part)]
+    cuts = [units * i // n for i in range(n + 1)]
+    size, index = rows // units, torch.arange(rows) if part.rows is None else part.rows
+    spans = [slice(a * size, rows if b == units else b * size) for a, b in zip(cuts, cuts[1:])]
+    heads = [slice(a, b) if loss.heads > 1 else None for a, b in zip(cuts, cuts[1:])]
+    return [_Task(name, replace(part, rows=index[s]), s, h, s is spans[-1]) for s, h in zip(spans, heads)]
+
+# %% ../nbs/14_aespa.ipynb #c14task
+def _round_task(model, block, task, loss, target, zeta, config, prefix) -> tuple:
+    "Rounds a task's rows in place. What there is to say of them: grid, zeta, losses, seconds, notes."
+    start, notes, name = time.perf_counter(), [], prefix + task.name
+    loss, W = loss if task.heads is None else _cut(loss, task.heads), _part_of(block, task.part, config.dtype)
+    W_hat, grid, *losses, zeta = _round_safely(task.name, W, loss, zeta, config, target[task.rows], notes)
+    _check_fits(W_hat, model.dtype, name)
+    _write(block, task.part, W_hat)
+    return grid, zeta, *losses, time.perf_counter() - start, notes
+
+
+def _share_results(block, tasks, owner, done, dtype, notes, team) -> dict[str, LayerResult]:
+    "What each process has done reaches all of them, in the order of the tasks."
+    results = {}
+    for i, task in enumerate(tasks):
+        mine = (_part_of(block, task.part, dtype), *done[i]) if i in done else None
+        W_hat, *rest, said = team.broadcast(mine, owner[i])
+        if i not in done:
+            _write(block, task.part, W_hat)
+        _note(results, block, task.part, *rest)
+        notes += said
+    return results
 
 # %% ../nbs/14_aespa.ipynb #c14fits
 def _check_fits(W_hat, dtype: torch.dtype, name: str) -> None:
@@ -404,20 +457,24 @@ def _check_fits(W_hat, dtype: torch.dtype, name: str) -> None:
         raise NumericalError(f"{name}: its grid reaches beyond {dtype}: load the model as torch.float32")
 
 # %% ../nbs/14_aespa.ipynb #c14parts
-def _quantize_parts(model, block, parts, losses, targets, config, announce, prefix, notes) -> dict[str, LayerResult]:
-    "Rounds the parts that have a loss, in place."
-    zetas, results = _zetas(model, targets, losses, config, notes), {}
-    for name in list(losses):
-        announce(parts[name].linear)
-        start, part = time.perf_counter(), parts[name]
-        mine = replace(config, bits=bits_of(config, prefix + part.linear), keep={})
-        args = losses.pop(name), zetas[name], mine, targets.pop(name), notes
-        W_hat, grid, rtn, loss, zeta = _round_safely(name, _part_of(block, part, config.dtype), *args)
-        _check_fits(W_hat, model.dtype, prefix + name)
-        _put(results, block, part, W_hat, grid, zeta, rtn, loss, time.perf_counter() - start)
-        del W_hat, args
+def _quantize_parts(
+    model, block, parts, losses, targets, config, announce, prefix, notes, team
+) -> dict[str, LayerResult]:
+    "Rounds the parts that have a loss, in place; processes share the work and end with the same block."
+    zetas, done = _zetas(model, targets, losses, config, notes), {}
+    pieces = lambda name: config.shares if bool((zetas[name] == 1).all()) else 1  # a linear has one zeta
+    tasks = [t for n, loss in losses.items() for t in _tasks(n, parts[n], len(targets[n]), loss, pieces(n))]
+    cost = lambda W: W.numel() * W.shape[1]
+    owner = team.share_out({i: cost(targets[task.name][task.rows]) for i, task in enumerate(tasks)})
+    for i, task in enumerate(tasks):
+        loss, target = ((d.pop if task.last else d.get)(task.name) for d in (losses, targets))
+        announce(task.part.linear)
+        if owner[i] == team.rank:
+            mine = replace(config, bits=bits_of(config, prefix + task.part.linear), keep={})
+            done[i] = _round_task(model, block, task, loss, target, zetas[task.name], mine, prefix)
+        del loss, target
         _trim()
-    return results
+    return _share_results(block, tasks, owner, done, config.dtype, notes, team)
 
 # %% ../nbs/14_aespa.ipynb #c14block
 def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[dict[str, LayerResult], int, list[str]]:
@@ -438,7 +495,8 @@ def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[di
         most = max(most, memory + sum(S.nbytes for S in {d.S for d in read.drifts.values()}))
         targets = _targets(block, mine, read.drifts, config)
         del read
-        results |= _quantize_parts(model, block, mine, losses, targets, config, announce, prefix, notes)
+        where = announce, prefix, notes, streams[0].shares.team
+        results |= _quantize_parts(model, block, mine, losses, targets, config, *where)
     return results, most, notes
 
 # %% ../nbs/14_aespa.ipynb #c14whole
@@ -655,6 +713,22 @@ def _draw(tokens, config):
     order = torch.randperm(len(next(iter(inputs.values()))), generator=torch.Generator().manual_seed(config.seed))
     return {k: v[order[: config.samples]] for k, v in inputs.items()}
 
+# %% ../nbs/14_aespa.ipynb #c14team
+def check_team(
+    team: Team,
+    config: AespaConfig,
+    sequences: int,  # of the calibration data
+) -> Shares:
+    "How a team shares the sequences. Raises `AespaError` if it can't work together on this."
+    if team.size > 1 and (config.tuning or config.method != "layers"):
+        what = "tuning" if config.tuning else f"method {config.method!r}"
+        raise AespaError(f"{what} learns from all sequences at once: use one process, or a preset such as best")
+    shares = Shares(sequences, config.batch_size, config.shares, team)
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if team.size > 1 and str(config.device).startswith("cuda") and local >= gpus:
+        raise AespaError(f"process {local} of this machine has no GPU of its own ({gpus} here): start one for each GPU")
+    return shares
+
 # %% ../nbs/14_aespa.ipynb #edb883c4
 @torch.no_grad()
 def quantize_model(
@@ -663,21 +737,20 @@ def quantize_model(
     config: AespaConfig = AespaConfig(),
     progress: bool = False,  # show a progress bar
     journal: str | Path | None = None,  # folder for finished blocks; those it holds already are not done again
+    team: Team = ALONE,  # `joined` processes that share the work; each calls this with the same arguments
 ) -> QuantReport:
     "Rounds the linears of all blocks in place (aespa, Algorithm 1); the rest stays, norms too unless `tuning` is on."
     check_model(model, tokens, config)
-    inputs, training = _draw(tokens, config), model.training
+    inputs = _draw(tokens, config)
+    shares = check_team(team, config, len(next(iter(inputs.values()))))
     device = torch.device(config.device or model.device)
     report, start = QuantReport(config), time.perf_counter()
     total = sum(len(linears_of(b)) for path in stacks_of(model) for b in model.get_submodule(path))
-    model.eval()
     _warm_up(config.solver)
-    try:
-        with _opened(journal, model, inputs, report) as book, _measuring_memory(report, device), capturing(model):
-            with _progress(total, progress) as bar:
-                _quantize_blocks(model, inputs, device, report, bar, book)
-    finally:
-        model.train(training)
+    book = _opened(journal if team.rank == 0 else None, model, inputs, report)
+    with book as book, _measuring_memory(report, device), _evaluating(model), capturing(model):
+        with _progress(total, progress) as bar:
+            _quantize_blocks(model, inputs, shares, device, report, bar, book)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -692,12 +765,23 @@ def _opened(folder: str | Path | None, model, inputs, report) -> Iterator[Journa
         yield journal
         report.notes += journal.notes
 
+
+@contextlib.contextmanager
+def _evaluating(model) -> Iterator[None]:
+    "The model as in use, without dropout."
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
 # %% ../nbs/14_aespa.ipynb #8c8c94b5
-def _quantize_blocks(model, inputs, device, report, bar, journal) -> None:
+def _quantize_blocks(model, inputs, shares, device, report, bar, journal) -> None:
     "Visits the blocks in order; one at a time is on `device` in the working precision."
     config, paths = report.config, stacks_of(model)
     with contextlib.ExitStack() as stack:
-        stream = lambda path: BlockStream(model, inputs, config.batch_size, device, config.dtype, path)
+        stream = lambda path: BlockStream(model, inputs, config.batch_size, device, config.dtype, path, shares)
         closing = lambda path: stack.enter_context(contextlib.closing(stream(path)))
         two = bool(config.correction or config.tuning or config.method != "layers")
         full = {path: closing(path) for path in paths if two}  # while the model is whole
@@ -730,7 +814,8 @@ def _new_block(model, block, streams, config, announce, prefix) -> tuple[dict[st
 # %% ../nbs/14_aespa.ipynb #c14visi2
 def _visit_block(model, block, streams, report, announce, prefix, journal) -> None:
     "Rounds a block, or takes it from the journal; then its outputs are handed over, in each stream there is."
-    name, stored = prefix[:-1], journal and journal.get(prefix[:-1])
+    name, team = prefix[:-1], streams[0].shares.team
+    stored = team.first(lambda: journal and journal.get(name))
     report.block_bytes = max(report.block_bytes, sum(p.nbytes for p in block.parameters()))
     if stored:
         for stream in streams[1:]:

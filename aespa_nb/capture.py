@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .attention import attention_output, attention_probabilities, causal_mask, repeat_kv
+from .distributed import Shares
 from .notation import AespaError, UnsupportedModelError
 
 # %% ../nbs/12_models.ipynb #8e65c23e
@@ -217,10 +218,12 @@ class _Stream:
         device: torch.device | str | None = None,  # where blocks run; None: where the model is
         dtype: torch.dtype | None = None,  # in which blocks run; None: the model's
         stack: str | None = None,  # one of `stacks_of`; None: the first
+        shares: Shares | None = None,  # which sequences this process reads; None: all
     ):
-        self.batch_size, self.device = batch_size, device or model.device
+        inputs, self.batch_size, self.device = _as_inputs(tokens), batch_size, device or model.device
+        self.shares = shares or Shares(len(next(iter(inputs.values()))), batch_size)
         self.dtype, self.at = dtype or model.dtype, 0  # the block before which the stream stands
-        _enter(self, model, model.get_submodule(stack or stacks_of(model)[0]), _as_inputs(tokens))
+        _enter(self, model, model.get_submodule(stack or stacks_of(model)[0]), inputs)
 
     def close(self) -> None:
         "Frees the hidden states."
@@ -230,9 +233,11 @@ class _Stream:
 @torch.no_grad()
 def _enter(stream, model, blocks, inputs) -> None:
     "Fills `stream`: hidden states, calls of the blocks, arguments that belong to a sequence."
-    n, part = len(next(iter(inputs.values()))), lambda a, b: {k: v[a:b].to(model.device) for k, v in inputs.items()}
+    part = lambda a, b: {k: v[a:b].to(model.device) for k, v in inputs.items()}
     calls = _calls(model, blocks, part(0, 1))
-    own = _own(calls, _calls(model, blocks, part(1, 2))) if n > 1 else set()
+    own = _own(calls, _calls(model, blocks, part(1, 2))) if len(next(iter(inputs.values()))) > 1 else set()
+    inputs = {k: stream.shares.pick(v) for k, v in inputs.items()}  # from here on those of this process
+    n = len(next(iter(inputs.values())))
     stream.own = {key: [] for key in own}
     for at in range(0, n, stream.batch_size):
         hidden, [(args, kwargs)] = _catch(model, blocks, part(at, at + stream.batch_size))

@@ -7,12 +7,14 @@ __all__ = ['load_model', 'compare_presets', 'results_table', 'write_results', 's
 
 # %% ../nbs/41_cli.ipynb #6d007422
 import argparse
+import contextlib
 import copy
 import csv
 import html
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,11 +33,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .aespa import PRESETS, AespaConfig, QuantReport, quantize_model
+from .aespa import PRESETS, AespaConfig, QuantReport, check_team, quantize_model
 from .bench import bench, bench_summary, random_tokens, shape_config, shape_model
 from .bits import CHOICES, auto_bits, bits_text, check_budget
 from .comparison import Run, compare, comparison_table, drawing, machine, plan_runs, read_records, spread
 from .data import calibration_windows, evaluation_windows, load_reference, shared_warning
+from .distributed import ALONE, Team, joined, speaks_first
 from .evaluate import evaluate_model
 from .export import FORMATS, Exported, check_format, export_model, read_quantized, snap_model
 from .journal import UNFINISHED, check_free, complete_folder
@@ -94,17 +97,16 @@ def compare_presets(
     dtype: torch.dtype | None = None,  # of the files: what is measured has its precision; None: the model's
     journal: Path | None = None,  # folder for finished blocks, of a single run
     fresh: Callable[[], PreTrainedModel] | None = None,  # gives a model to round, again and again; None: copies
+    team: Team = ALONE,  # processes that round together; this is the first of them
 ) -> Iterator[tuple[dict, PreTrainedModel, QuantReport | None]]:
     "Measures the full model, then a rounded copy per run; yields a row of numbers, the model and the report of each."
     numel = sum(p.numel() for p in model.parameters())
     scores = evaluate_model(model, heldout)
-    row = dict(
-        method="full", bits=16, perplexity=scores.perplexity, kl=0.0, top1=1.0, seconds=0.0, megabytes=numel * 2e-6
-    )
-    yield row, model, None
+    row = dict(method="full", bits=16, perplexity=scores.perplexity, kl=0.0, top1=1.0, seconds=0.0)
+    yield row | dict(megabytes=numel * 2e-6), model, None
     for name, config in zip(names, runs):
         rounded = fresh() if fresh else copy.deepcopy(model)
-        report = quantize_model(rounded, calib, config, progress, journal)
+        report = quantize_model(rounded, calib, config, progress, journal, team)
         snap_model(rounded, report, dtype or model.dtype)
         scores = evaluate_model(rounded, heldout, model)
         yield _row(name, numel, report, scores), rounded, report
@@ -202,6 +204,7 @@ def _tokens(args, model, tokenizer) -> tuple[Tensor, Tensor]:
 def _config(args, preset, bits, model=None, calib=None) -> AespaConfig:
     "The preset with the options that were given; with --auto-bits the bits are shared out here."
     given = {k: getattr(args, k) for k in ("group_size", "symmetric", "iterations", "device", "seed")}
+    given["shares"] = getattr(args, "shares", None)
     given["keep"] = _keep(getattr(args, "keep", None))
     config = AespaConfig.preset(preset, bits, **{k: v for k, v in given.items() if v is not None})
     if getattr(args, "auto_bits", None) is None:
@@ -276,19 +279,19 @@ def _run(args, runs) -> dict:
     return {"options": options, "configurations": changed, "machine": machine()}
 
 # %% ../nbs/41_cli.ipynb #0fcb9391
-def _quantize(args) -> None:
-    "`aespa_nb quantize`"
-    if args.resume and _is_complete(args.out):
-        return print(f"{args.out} is complete: nothing to do")
+def _quantize(args, team: Team = ALONE) -> None:
+    "`aespa_nb quantize`, on the first process of a team"
     check_free(args.out, args.resume)
     _whole_bits(args)
     check_format(args.format, args.bits)
     model, tokenizer = _load(args, args.model)
     calib, heldout = _tokens(args, model, tokenizer)
     config = _config(args, args.preset, args.bits, model, calib)
+    check_team(team, config, len(calib))
+    team.broadcast((calib, config))
     with complete_folder(args.out, args.resume) as out:
         dtype, fresh = _file_dtype(args, args.bits), lambda: _load(args, args.model)[0]
-        options = dict(progress=not args.quiet, dtype=dtype, fresh=fresh, journal=out.parent / "journal")
+        options = dict(team=team, progress=not args.quiet, dtype=dtype, fresh=fresh, journal=out.parent / "journal")
         full, last = compare_presets(model, calib, heldout, [config], [args.preset], **options)
         rows, (_, rounded, report) = [full[0], last[0]], last
         done = _save(out, rounded, report, tokenizer, args, rows)
@@ -300,11 +303,52 @@ def _quantize(args) -> None:
     print(f"peak memory above the model {peak:.0f} MiB; three blocks and their statistics take {budget:.0f} MiB")
     print(f"{_size(done)}written to {args.out}; load it with AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
 
+# %% ../nbs/41_cli.ipynb #c41team1
+def _help_along(args, team: Team) -> None:
+    "What the other processes of a team do: round with the first, which shows and writes."
+    model, _ = _load(args, args.model)
+    calib, config = team.broadcast()
+    quantize_model(model, calib, config, team=team)
+
+
+def _together(args) -> None:
+    "`quantize` on every process. What all have to complain of is said once."
+    with joined() as team:
+        if team.size > 1:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as torchrun stops the others: cleaning up
+        if args.shares is None and "WORLD_SIZE" in os.environ:
+            args.shares = max(8, team.size)
+        try:
+            if not team.first(lambda: _nothing_to_do(args)):
+                _quantize(args, team) if team.rank == 0 else _help_along(args, team)
+        except AespaError:
+            if speaks_first(team):
+                raise
+            sys.exit(2)
+
+# %% ../nbs/41_cli.ipynb #c41team2
+def _arguments(argv) -> argparse.Namespace:
+    "What was asked for; of many processes the first explains the options."
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    with contextlib.redirect_stderr(sys.stderr if rank == 0 else io.StringIO()):
+        args = (parser := _parser()).parse_args(argv)
+        if size > 1 and args.command != "quantize":
+            parser.error(f"{args.command} runs in one process: start it without torchrun")
+    return args
+
 # %% ../nbs/41_cli.ipynb #c41compl
 def _is_complete(folder: str | Path) -> bool:
     "Has a run ended here?"
     folder = Path(folder).expanduser()
     return (folder / "results.json").is_file() and not (folder / UNFINISHED).exists()
+
+
+def _nothing_to_do(args) -> bool:
+    "Whether --resume finds a run that has ended; says so."
+    complete = args.resume and _is_complete(args.out)
+    if complete:
+        print(f"{args.out} is complete: nothing to do")
+    return complete
 
 
 def _farewell(args) -> str:
@@ -540,7 +584,9 @@ def _add_quantize(commands) -> None:
     _add_shared(p)
     p.add_argument("--resume", action="store_true", help="go on behind the last finished block of a stopped run")
     _add_format(p)
-    p.set_defaults(run=_quantize)
+    shares = "sum up the sequences in so many parts, for as many processes at most (default: 1; under torchrun: 8)"
+    p.add_argument("--shares", type=int, help=shares)
+    p.set_defaults(run=_together)
 
 # %% ../nbs/41_cli.ipynb #c41addco
 def _add_compare(commands) -> None:
@@ -623,7 +669,7 @@ def _check_numbers(args) -> None:
 # %% ../nbs/41_cli.ipynb #b301acfc
 def main(argv: list[str] | None = None) -> int:
     "Entry point. Exit code 0, or 2 with one line on standard error when the input cannot work."
-    args = _parser().parse_args(argv)
+    args = _arguments(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     matplotlib.use("Agg")

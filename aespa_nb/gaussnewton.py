@@ -117,6 +117,7 @@ def _add_k(total, W, Q, R, seen, budget):
 # %% ../nbs/11_gaussnewton.ipynb #003c3b90
 class GaussNewtonSums(AttentionSums):
     "Running sums over calibration tokens for one attention module; kept on `device` in `dtype`."
+    SUMS = "gram", "hv", "gq", "gk", "hk", "change", "queries", "probed"
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ def quadratic_loss(
 class Gram:
     "Streaming mean of `x x^T` over tokens: `H = E[X X^T]`, with no factor 2."
 
+    SUMS = "total", "tokens"  # what adds up
+
     def __init__(self, inp: int, device=None, dtype=torch.float32):
         self.total = torch.zeros(inp, inp, device=device, dtype=dtype)
         self.tokens = 0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .capture import BlockStream, Watch, _implement, listening
+from .distributed import ShareSum
 from .families import AttentionMap, BlockMap, _slices, kind_of, map_block, weight_of
 from .gaussnewton import GaussNewtonStatistics, output_metric
 from .hessian import Gram
@@ -28,12 +29,8 @@ from .target import Drift, StreamGram
 
 # %% ../nbs/12c_losses.ipynb #907c8c72
 @torch.no_grad()
-def survey(
-    model: PreTrainedModel,  # `capturing`
-    block: nn.Module,
-    stream: BlockStream,  # stands before `block`
-) -> BlockMap:
-    "The map of `block`. Raises `UnsupportedModelError` if it does not run, or its attention is not what we hear."
+def _survey(model, block, stream) -> BlockMap:
+    "The map of `block`, by its run on this process's first sequence."
     hidden, (args, kwargs) = stream.hidden[:1].to(stream.device), stream.arguments(slice(0, 1))
     run = lambda: block(hidden, *args, **kwargs)
     _try(block, hidden.dtype, run)
@@ -44,6 +41,15 @@ def survey(
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
             raise UnsupportedModelError(f"{type(block).__name__} does more in its attention than this library knows")
     return found
+
+# %% ../nbs/12c_losses.ipynb #c12csurv
+def survey(
+    model: PreTrainedModel,  # `capturing`
+    block: nn.Module,
+    stream: BlockStream,  # stands before `block`
+) -> BlockMap:
+    "The map of `block`. Raises `UnsupportedModelError` if it does not run, or its attention is not what we hear."
+    return stream.shares.team.first(lambda: _survey(model, block, stream))
 
 # %% ../nbs/12c_losses.ipynb #c12cself
 def _by_itself(model, run: Callable):
@@ -274,9 +280,12 @@ def _one_pass(block, stream, grams, found, collectors, counted, full, last) -> _
         if found.watched:
             stack.enter_context(Watch(_slices(block), ear.hear_expert))
         steps = stream.steps(block, stop=stop)
+        total = ShareSum(stream.shares, [*grams.values(), *(c.sums for c in collectors.values())])
         for _ in _beside(full, ear.beside, stop, last, steps) if full else steps:
             ear.seen.clear(), ear.aims.clear(), calls.leaves.clear()
             calls.number = 0
+            total.batch_done()
+    total.finish()
     ear.grams.clear(), ear.listeners.clear()  # they refer to each other: nothing shall wait for the garbage collector
     return calls
 

@@ -85,6 +85,8 @@ def _of_group(g, group, A, V, metric, at):
 class _MeasuredSums:
     "Running sums over calibration tokens for one attention call."
 
+    SUMS = "gq", "gk", "hk", "hv", "trace", "queries", "tokens", "keys"  # what adds up
+
     def __init__(
         self,
         rows: dict[str, Int[Tensor, "heads rows"]],  # outputs of each role's linear, by head; for the roles wanted

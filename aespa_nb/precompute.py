@@ -125,6 +125,8 @@ def _check_heads(Q, K, A, n_heads, n_kv_heads):
 class AttentionSums:
     "Running sums over calibration tokens for one attention module; sums are kept on `device` in `dtype`."
 
+    SUMS = "gram", "kk", "qq", "hv"  # what adds up
+
     def __init__(
         self,
         n_heads: int,  # query heads

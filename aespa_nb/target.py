@@ -31,7 +31,7 @@ def _rows(X: Inputs, like: Tensor) -> Float[Tensor, "tokens inp"]:
 # %% ../nbs/11b_target.ipynb #8c29d1f1
 class PairedGram(Gram):
     "Streaming means of `x x^T` and of `(x_full - x) x^T`: what a layer's input is, and how it has drifted."
-
+    SUMS = "total", "cross", "tokens"
     def __init__(self, inp: int, device=None, dtype=torch.float32):
         super().__init__(inp, device, dtype)
         self.cross = torch.zeros_like(self.total)
@@ -109,6 +109,7 @@ class Drift(NamedTuple):
 class StreamGram(PairedGram):
     "A `PairedGram` that also sees the stream `h` to which the layer's output is added."
 
+    SUMS = "total", "cross", "cross_stream", "tokens"
     cross_stream = None  # sum of (h_full - h) x^T
 
     def add_stream(

@@ -10,8 +10,8 @@ from pathlib import Path
 # Lowest rung first. A new chapter puts its module at its place here. The modules of a package share its rung.
 LADDER = (
     "notation grid hessian gridfit gptq adaround descent zfold attention relax precompute gaussnewton target measured "
-    "capture loading families losses data evaluate tasks tune journal baselines aespa bits export comparison "
-    "distributed bench plots cli"
+    "distributed capture loading families losses data evaluate tasks tune journal baselines aespa bits export "
+    "comparison bench plots cli"
 ).split()
 LIBRARY = Path("aespa_nb")
 FACE = {"__init__", "__main__"}  # these two stand outside: they may import anything, and no module imports them

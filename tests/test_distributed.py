@@ -1,0 +1,237 @@
+"""Many processes give the codes of one, bit for bit; they stop together; what they can't do is refused."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, AespaError, quantize_model
+from aespa_nb.aespa import check_team
+from aespa_nb.cli import main
+from aespa_nb.distributed import ALONE, Shares, ShareSum, Team, joined
+from aespa_nb.hessian import Gram
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+SIZES = dict(vocab_size=64, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=32)
+TOKENS = torch.randint(0, 64, (11, 16), generator=torch.Generator().manual_seed(0))
+MODELS = {
+    "gqa": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, hidden_size=64, num_key_value_heads=2, intermediate_size=96)),
+    "moe": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES, hidden_size=32, num_key_value_heads=2, intermediate_size=48, num_local_experts=8)
+    ),
+}
+CASES = {
+    "best": ("gqa", AespaConfig.preset("best", shares=4)),
+    "best, batches": ("gqa", AespaConfig.preset("best", shares=4, batch_size=2, samples=9)),
+    "aespa": ("gqa", AespaConfig.preset("aespa", shares=4, iterations=5)),
+    "gptq": ("gqa", AespaConfig.preset("gptq", shares=5)),
+    "experts": ("moe", AespaConfig.preset("best", shares=8)),
+}
+
+
+def build(kind):
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval().requires_grad_(False)
+    for p in model.model.layers.parameters():
+        p.copy_(5 * p if p.ndim > 1 else p + 0.1 * torch.randn(p.shape))
+    return model
+
+
+def outcome(case, team=ALONE, **changes):
+    "Codes, grids, losses and notes of a run."
+    kind, config = CASES[case]
+    model = build(kind)
+    report = quantize_model(model, TOKENS, replace(config, **changes), team=team)
+    layers = {n: (r.W_int, r.grid.step, r.grid.zero, r.zeta, r.loss, r.loss_rtn) for n, r in report.layers.items()}
+    return dict(layers=layers, state=model.state_dict(), notes=report.notes, statistics=report.statistics_bytes)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def member(rank, size, port, task, args, folder):
+    "One process of a team; its results go into a file."
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = port
+    with joined() as team:
+        torch.save(task(team, *args), folder / f"{rank}.pt")
+
+
+def run_team(size, task, folder, *args):
+    "What `task(team, *args)` gives on each of `size` processes, forked from this one."
+    context, port = multiprocessing.get_context("fork"), free_port()
+    team = [context.Process(target=member, args=(r, size, port, task, args, folder)) for r in range(size)]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join(120)
+    assert [process.exitcode for process in team] == [0] * size
+    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(size)]
+
+
+def all_cases(team, names):
+    return {name: outcome(name, team) for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: outcome(name) for name in CASES}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_codes_of_many_processes_are_those_of_one(alone, size, tmp_path):
+    for found in run_team(size, all_cases, tmp_path, list(CASES)):
+        for name in CASES:
+            for key, value in alone[name].items():
+                assert same(found[name][key], value), (name, key)
+
+
+def test_shares_change_the_order_of_sums_and_nothing_else():
+    one, four = outcome("best", shares=1), outcome("best", shares=4)
+    losses = [[layer[4] for layer in result["layers"].values()] for result in (one, four)]
+    assert losses[0] != losses[1]  # other bits: what the tests above hold equal is not equal by itself
+    assert abs(sum(losses[1]) / sum(losses[0]) - 1) < 0.05
+
+
+def shared_sum(team, numbers, batch_size, shares):
+    "What a team makes of a Gram of one-dimensional tokens, share by share."
+    parts, gram = Shares(len(numbers), batch_size, shares, team), Gram(1)
+    total = ShareSum(parts, [gram, gram])
+    for batch in parts.pick(numbers).split(batch_size):
+        gram.add(batch.mT)
+        total.batch_done()
+    total.finish()
+    return gram.total.item(), gram.tokens, parts.count
+
+
+def test_shares_are_whole_batches_and_cover_all_sequences():
+    for n, batch_size, shares in [(11, 1, 4), (11, 2, 4), (7, 3, 8), (1, 1, 1), (64, 4, 8)]:
+        whole = Shares(n, batch_size, shares)
+        assert torch.equal(whole.pick(torch.arange(n)), torch.arange(n))
+        assert all(s.start % batch_size == 0 and s.stop > s.start for s in whole.spans)
+        for size in range(1, whole.count + 1):
+            mine = [Shares(n, batch_size, shares, Team(r, size)).pick(torch.arange(n)) for r in range(size)]
+            assert torch.equal(torch.cat(mine).sort().values, torch.arange(n))
+
+
+def test_the_total_is_the_sum_of_the_shares_in_order(tmp_path):
+    numbers = torch.logspace(-4, 4, 13)[torch.randperm(13, generator=torch.Generator().manual_seed(0))][:, None]
+    for shares, batch_size in [(1, 1), (5, 1), (3, 2)]:
+        parts, expected = Shares(13, batch_size, shares), None
+        for span in parts.spans:
+            one = shared_sum(ALONE, numbers[span], batch_size, 1)[0]
+            expected = one if expected is None else (torch.tensor(expected) + torch.tensor(one)).item()
+        assert shared_sum(ALONE, numbers, batch_size, shares) == (expected, 13, parts.count)
+    found = run_team(3, shared_sum, tmp_path, numbers, 1, 5)
+    assert found == [shared_sum(ALONE, numbers, 1, 5)] * 3
+
+
+def test_work_is_shared_out_evenly_and_always_alike():
+    costs = {name: cost for name, cost in zip("abcdef", (4, 9, 1, 4, 4, 2))}
+    owner = Team(0, 3).share_out(costs)
+    assert owner == Team(2, 3).share_out(costs) and list(owner) == list(costs)
+    assert sorted(sum(costs[n] for n in costs if owner[n] == r) for r in range(3)) == [7, 8, 9]
+    assert set(ALONE.share_out(costs).values()) == {0}
+
+
+def echo(team):
+    "Sends values of all kinds from process 1; process 0 makes one of its own."
+    value = dict(a=torch.arange(3), b=(torch.ones(2, 2, dtype=torch.bfloat16).mT, None), c="text", d=torch.zeros(0))
+    return team.broadcast(value if team.rank == 1 else None, 1), team.first(lambda: ("made by", team.rank))
+
+
+def test_values_of_all_kinds_can_be_sent(tmp_path):
+    for value, made in run_team(2, echo, tmp_path):
+        assert made == ("made by", 0) and value["c"] == "text" and value["d"].shape == (0,)
+        assert torch.equal(value["a"], torch.arange(3)) and torch.equal(value["b"][0], torch.ones(2, 2).bfloat16())
+
+
+def dies(team):
+    "Process 1 is killed while the others wait for its sums."
+    if team.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        outcome("gptq", team)
+    except AespaError as e:
+        sys.exit(7 if str(e).startswith("lost another process") else 8)
+
+
+def test_who_loses_a_process_stops(tmp_path):
+    context, port = multiprocessing.get_context("fork"), free_port()
+    team = [context.Process(target=member, args=(r, 3, port, dies, (), tmp_path)) for r in range(3)]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join(30)
+    assert [process.exitcode for process in team] == [7, -signal.SIGKILL, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(tuning=3), "tuning learns from all sequences at once: use one process"),
+        (dict(method="signround"), "method 'signround' learns"),
+        (dict(shares=2), "3 processes for 2 shares: give shares=3"),
+        (dict(shares=8, batch_size=8), "3 processes for 2 batches: use fewer"),
+    ],
+)
+def test_what_a_team_cannot_do_is_refused(changes, message):
+    config = AespaConfig.preset("gptq", **changes)
+    with pytest.raises(AespaError, match=message):
+        check_team(Team(0, 3), config, 11)
+    if "tuning" in changes or "method" in changes:
+        check_team(ALONE, config, 11)
+
+
+def test_without_the_variables_of_a_launcher_a_process_is_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined() as team:
+        assert team == ALONE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AespaError, match="WORLD_SIZE is 2 but RANK"), joined():
+        pass
+
+
+def test_only_quantize_runs_on_many_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            main(["eval", "reference"])
+        assert ("eval runs in one process" in capsys.readouterr().err) == said
+
+
+RUN = "quantize reference --preset gptq --keep mlp=16 --samples 8 --seqlen 64 --eval-samples 2 --quiet".split()
+
+
+def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    run = subprocess.Popen([*launch, "-m", "aespa_nb", *RUN, "--out", tmp_path / "two"], stderr=subprocess.DEVNULL)
+    journal, start = tmp_path / "two/.unfinished/journal", time.monotonic()
+    while not any(journal.glob("*.safetensors")):
+        assert run.poll() is None and time.monotonic() - start < 100
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert run.wait(20) != 0 and not (tmp_path / "two/results.json").exists()
+    assert main([*RUN, "--out", str(tmp_path / "two"), "--shares", "8", "--resume"]) == 0
+    assert main([*RUN, "--out", str(tmp_path / "one"), "--shares", "8"]) == 0
+    two, one = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("two", "one"))
+    assert two == one
