@@ -22,6 +22,7 @@ help:
 	@echo "  make train-reference  train the bundled model again (hours on a CPU)"
 	@echo "  make campaign         repeat the long measurements behind chapters 10 and 32 (hours on a CPU)"
 	@echo "  make comparison       run what is missing of chapter 30's comparison (a day on a CPU)"
+	@echo "  make plan-check       hold aespa_nb plan against real runs, for chapter 31b (ten minutes on an idle CPU)"
 	@echo "  make constraints      pin the versions that are installed now"
 	@echo "  make clean            remove what was built; .venv stays"
 
@@ -64,6 +65,10 @@ comparison: $(DEV)
 	OMP_NUM_THREADS=1 $(PY) -m aespa_nb compare reference --presets $(METHODS) --bits 2 3 4 --group-sizes 0 64 \
 	  --seeds 0 1 2 --samples 64 --eval-samples 128 --out nbs/runs/compare-reference
 
+plan-check: $(DEV)
+	rm -f nbs/runs/plan.json
+	OMP_NUM_THREADS=1 $(PY) tools/check_plan.py
+
 constraints: $(DEV)
 	$(PY) tools/freeze.py
 
@@ -80,4 +85,4 @@ $(DEV): $(RUN)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lab export notebooks train-reference campaign comparison constraints clean
+.PHONY: help demo test docs lab export notebooks train-reference campaign comparison plan-check constraints clean
