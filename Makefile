@@ -22,9 +22,11 @@ help:
 	@echo "  make train-reference  train the bundled model again (hours on a CPU)"
 	@echo "  make campaign         repeat the long measurements behind chapters 10 and 32 (hours on a CPU)"
 	@echo "  make comparison       run what is missing of chapter 30's comparison (a day on a CPU)"
+	@echo "  make faults           kill runs, fill disks (an hour; the disks need root), for chapter 51"
 	@echo "  make torture          round damaged models with every preset (half an hour on a CPU)"
 	@echo "  make hostile          damaged files and hostile input, 43 kinds (ten minutes)"
 	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"
+	@echo "  make plan-check       hold aespa_nb plan against real runs, for chapter 31b (ten minutes on an idle CPU)"
 	@echo "  make constraints      pin the versions that are installed now"
 	@echo "  make clean            remove what was built; .venv stays"
 
@@ -67,6 +69,11 @@ comparison: $(DEV)
 	OMP_NUM_THREADS=1 $(PY) -m aespa_nb compare reference --presets $(METHODS) --bits 2 3 4 --group-sizes 0 64 \
 	  --seeds 0 1 2 --samples 64 --eval-samples 128 --out nbs/runs/compare-reference
 
+faults: $(DEV)
+	$(PY) tools/faults.py kills --count 150
+	$(PY) tools/faults.py kills --count 60 --ranks 2
+	$(PY) tools/faults.py disk --count 30
+
 torture: $(DEV)
 	OMP_NUM_THREADS=1 $(PY) tools/torture.py
 
@@ -82,6 +89,10 @@ audit: $(RUN)
 	build/audit/bin/pip-audit --requirement build/audit/runtime.txt --no-deps --disable-pip
 	build/audit/bin/cyclonedx-py requirements build/audit/runtime.txt --pyproject pyproject.toml -o build/audit/sbom.json
 	@echo "The bill of materials is in build/audit/sbom.json"
+
+plan-check: $(DEV)
+	rm -f nbs/runs/plan.json
+	OMP_NUM_THREADS=1 $(PY) tools/check_plan.py
 
 constraints: $(DEV)
 	$(PY) tools/freeze.py
@@ -100,4 +111,4 @@ $(DEV): $(RUN)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lab export notebooks train-reference campaign comparison torture hostile audit constraints clean
+.PHONY: help demo test docs lab export notebooks train-reference campaign comparison plan-check faults torture hostile audit constraints clean

@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.resources import files
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from .export import FORMATS, Exported, check_format, export_model, read_quantize
 from .journal import UNFINISHED, check_free, complete_folder
 from .loading import load_model as load_checkpoint
 from .notation import AespaError
+from .plan import begun, plan_run, plan_text, run_trial, staged, try_out
 from .plots import plot_comparison, plot_layers, use_style
 from .tasks import run_tasks
 
@@ -483,6 +484,39 @@ def _bench(args) -> None:
     print(f"{name}, {args.preset}, {args.bits} bits: {len(tokens)} x {seqlen} tokens")
     print(bench_summary(report, whole))
 
+# %% ../nbs/41_cli.ipynb #c41plan0
+def _plan(args) -> None:
+    "`aespa_nb plan`"
+    if args.trial:
+        return _trial(args)
+    check_format(args.format, args.bits)
+    _config(args, args.preset, args.bits)  # refused now, not by the trial
+    options = {k: v for k, v in vars(args).items() if not callable(v) and k not in ("command", "trial")}
+    plan = plan_run(try_out(["-m", "aespa_nb", "plan", args.model, "--trial", json.dumps(options)]))
+    facts = dict(cpu=plan.cpu, seconds=plan.seconds, peak=plan.peak, **asdict(plan))
+    print(json.dumps(facts) if args.json else plan_text(plan, args.out))
+
+# %% ../nbs/41_cli.ipynb #c41plan1
+def _trial(args) -> None:
+    "What `_plan` runs in a process of its own; the last line that it prints is the trial."
+    vars(args).update(json.loads(args.trial))
+    stages = begun()
+    with staged(stages, "load"):
+        model, tokenizer = _load(args, args.model)
+    with staged(stages, "text"):
+        calib, heldout = _tokens(args, model, tokenizer)
+    config, fresh = _config(args, args.preset, args.bits), lambda: _load(args, args.model)[0]
+    save, dtype = lambda *done: _save_trial(args, tokenizer, config, *done), _file_dtype(args, args.bits)
+    print(json.dumps(asdict(run_trial(model, fresh, calib, heldout, config, save, dtype, stages))))
+
+
+def _save_trial(args, tokenizer, config, model, report, folder, scores) -> None:
+    "Writes what `_quantize` writes."
+    numel = sum(p.numel() for p in model.parameters())
+    rows = [_row(name, numel, report, s) for name, s in zip(("full", args.preset), scores)]
+    _save(folder, model, report, tokenizer, args, rows)
+    write_results(folder, args.model, rows, _run(args, [config]), {"layers": _svg(plot_layers(report))})
+
 # %% ../nbs/41_cli.ipynb #8eba0d0d
 def show_text(
     out: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = "Return a new array"
@@ -630,6 +664,21 @@ def _add_bench(commands) -> None:
     p.add_argument("--device", help="where blocks are worked on, e.g. cuda (default: cpu)")
     p.set_defaults(run=_bench, symmetric=None, seed=0)
 
+# %% ../nbs/41_cli.ipynb #c41plan2
+def _add_plan(commands) -> None:
+    "`plan`: time, memory and disk of `quantize`, beforehand."
+    text = "Say how long `quantize` will take with the same options, and how much memory and disk; it tries one block."
+    p = commands.add_parser("plan", help="time, memory and disk of quantize, beforehand", description=text)
+    _add_model(p)
+    p.add_argument("--bits", type=int, default=2, help="2 to 8 (default: 2)")
+    _add_keep(p)
+    p.add_argument("--preset", default="best", help=f"one of {', '.join(PRESETS)} (default: best)")
+    _add_shared(p, out=".")
+    _add_format(p)
+    p.add_argument("--json", action="store_true", help="print numbers for a program: seconds and bytes")
+    p.add_argument("--trial", help=argparse.SUPPRESS)
+    p.set_defaults(run=_plan)
+
 # %% ../nbs/41_cli.ipynb #c11parse
 def _add_eval(commands) -> None:
     "`eval`: measure a model."
@@ -654,7 +703,7 @@ def _parser() -> argparse.ArgumentParser:
     hint = "First time here? `aespa_nb demo` needs no network. Each command has its own --help."
     parser = argparse.ArgumentParser("aespa_nb", description=text, epilog=hint)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_quantize, _add_export, _add_eval, _add_compare, _add_bench, _add_demo):
+    for add in (_add_quantize, _add_export, _add_eval, _add_compare, _add_bench, _add_plan, _add_demo):
         add(commands)
     return parser
 

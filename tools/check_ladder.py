@@ -11,7 +11,7 @@ from pathlib import Path
 LADDER = (
     "notation grid hessian gridfit gptq adaround descent zfold attention relax precompute gaussnewton target measured "
     "distributed capture loading families losses data evaluate tasks tune journal baselines aespa bits export "
-    "comparison bench plots cli"
+    "comparison bench plan plots cli"
 ).split()
 LIBRARY = Path("aespa_nb")
 FACE = {"__init__", "__main__"}  # these two stand outside: they may import anything, and no module imports them
