@@ -24,7 +24,7 @@ def rectified_sigmoid(
     round_logit: Float[Tensor, "*shape"],
     stretch: tuple[float, float] = STRETCH,  # (lo, hi)
 ) -> Float[Tensor, "*shape"]:  # in [0, 1]
-    "`h = clamp((hi - lo) * sigmoid(round_logit) + lo, 0, 1)` (Nagel et al. 2020, eq. 23)."
+    "`h = clamp((hi - lo) * sigmoid(round_logit) + lo, 0, 1)`. Source: Nagel et al., ICML 2020, eq. (23)."
     lo, hi = stretch
     return torch.sigmoid(round_logit).mul(hi - lo).add(lo).clamp(0, 1)
 
@@ -53,7 +53,7 @@ def rounding_penalty(
     h: Float[Tensor, "*shape"],
     beta: float,  # the larger, the flatter in the middle
 ) -> Float[Tensor, ""]:
-    "`sum(1 - |2h - 1|**beta)`: 0 when every `h` is 0 or 1 (Nagel et al. 2020, eq. 24)."
+    "`sum(1 - |2h - 1|**beta)`: 0 when every `h` is 0 or 1. Source: Nagel et al., ICML 2020, eq. (24)."
     return (1 - (2 * h - 1).abs() ** beta).sum()
 
 
@@ -153,7 +153,9 @@ def adaround(
     loss_scale: float = 1.0,  # what the loss of round-to-nearest counts for, per weight
     on_step: Callable[[int, float], None] | None = None,  # called with (iteration, relaxed loss)
 ) -> Float[Tensor, "*heads out inp"]:  # codes
-    """Codes found by learning each rounding with Adam (Nagel et al., ICML 2020); never worse than `grid.codes(start)`.
+    """Codes found by learning each rounding with Adam; never worse than `grid.codes(start)`.
+
+    Source: aespa, learned rounding.
     Raises `AespaError` on bad options, `NumericalError` if a weight or the loss is not finite."""
     start = W if start is None else start
     _check(W, start, iterations, lr, weight, warmup, loss_scale)

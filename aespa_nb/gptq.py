@@ -88,7 +88,7 @@ def gptq(
     act_order: bool = True,  # columns with the largest diagonal of H first
     block_size: int = 128,  # columns between two updates of all the columns to come
 ) -> GPTQResult:
-    """Blocked GPTQ on a fixed grid (Frantar et al., ICLR 2023, Algorithm 1); heads in one batch.
+    """Blocked GPTQ on a fixed grid; heads in one batch. Source: Frantar et al., ICLR 2023, Algorithm 1.
 
     Raises `NumericalError` if `H` is not positive definite, `AespaError` if shapes do not fit."""
     _check(W, H, grid, block_size)

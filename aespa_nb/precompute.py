@@ -60,7 +60,7 @@ def _split_rows(W, H, G):
 # %% ../nbs/10_precompute.ipynb #f8f4553a
 @dataclass(frozen=True, eq=False)
 class KroneckerLoss:
-    "`tr(G dW H dW^T)`, summed over heads: call it with `dW`. Raises `AespaError` on matrices that don't fit."
+    "`tr(G dW H dW^T)`, summed over heads; `AespaError` if shapes don't fit. Source: aespa, pre-computed losses."
     H: Float[Tensor, "*#heads inp inp"]  # weighs the inputs, symmetric, no factor 2
     G: Float[Tensor, "*#heads rows rows"] | None = None  # weighs the outputs, symmetric; `None`: the identity
 
@@ -164,7 +164,7 @@ class AttentionStatistics(AttentionSums):
         _add_attended(self.hv, X.to(self.hv), A)
 
     def losses(self) -> dict[str, KroneckerLoss]:
-        "Losses of q, k and v (aespa, eqs. (21), (22), (17)). Raises `AespaError` if nothing was added."
+        "Losses of q, k, v, eqs. (21), (22), (17); `AespaError` without tokens. Source: aespa, pre-computed losses."
         H, n = self.gram.mean(), self.gram.tokens
         G_q, G_k = (M / n if self.rotation is None else mean_rotated(M / n, self.rotation) for M in (self.kk, self.qq))
         G_q = G_q.repeat_interleave(self.n_heads // self.n_kv_heads, 0)

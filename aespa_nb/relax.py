@@ -67,7 +67,7 @@ def block_loss(
     dW_v: Float[Tensor, "rows_kv inp"] | None = None,
     dW_o: Float[Tensor, "out rows_q"] | None = None,
 ) -> Float[Tensor, ""]:  # mean per token
-    "True error of the module's output, after the output projection, when any of its weights move."
+    "True error of the module's output when any of its weights move. Source: aespa, block-wise reconstruction."
     other = moved(block, W_q=dW_q, W_k=dW_k, W_v=dW_v, W_o=dW_o)
     was, now = merge_heads(block(X).out), merge_heads(other(X).out)
     return mean_over_tokens(other.W_o @ now - block.W_o @ was)
@@ -80,7 +80,7 @@ def true_attention_error(
     dW_k: Float[Tensor, "rows_kv inp"] | None = None,
     dW_v: Float[Tensor, "rows_kv inp"] | None = None,
 ) -> Float[Tensor, ""]:  # mean per token, summed over heads
-    "True error of the heads' outputs when any of W_q, W_k, W_v move: a whole forward pass."
+    "True error of the heads' outputs when W_q, W_k or W_v move. Source: aespa, error of the attention output."
     other = moved(block, W_q=dW_q, W_k=dW_k, W_v=dW_v)
     return mean_over_tokens(merge_heads(other(X).out - block(X).out))
 
@@ -154,7 +154,7 @@ def attention_error_bound(
     dW_q: Float[Tensor, "rows_q inp"] | None = None,  # change of the query projection, or
     dW_k: Float[Tensor, "rows_kv inp"] | None = None,  # change of the key projection
 ) -> Float[Tensor, ""]:  # mean per token, summed over heads
-    "Upper bound of `true_attention_error` when one of W_q, W_k moves. Raises `AespaError` if both do."
+    "Upper bound of `true_attention_error` when W_q or W_k moves, not both. Source: aespa, bound through the softmax."
     if (dW_q is None) == (dW_k is None):
         raise AespaError("the bound is for a change of either W_q or W_k: pass exactly one")
     was, now = block(X), moved(block, W_q=dW_q, W_k=dW_k)(X)
@@ -171,5 +171,5 @@ def layerwise_loss(
     dW: Float[Tensor, "out inp"],  # change of a weight
     X: Float[Tensor, "*batch inp tok"],  # the layer's own inputs
 ) -> Float[Tensor, ""]:  # mean per token
-    "`E ||dW X||^2`: the error of the layer's own output."
+    "`E ||dW X||^2`: the error of the layer's own output. Source: aespa, layer-wise reconstruction."
     return mean_over_tokens(dW @ X)

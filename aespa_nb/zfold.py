@@ -76,7 +76,7 @@ def zfold(
     min_zeta: float = 0.1,  # zeta stays within [min_zeta, 1 / min_zeta]
     **options,  # of `fit_grid`
 ) -> tuple[Float[Tensor, " inp"], list[Grid]]:  # zeta, and the grid of each `W / zeta`
-    """A scale per input shared by all layers, and their grids (Z-Fold, Jeon et al., EMNLP 2023, section 3).
+    """A scale per input shared by all layers, and their grids. Source: Jeon et al., EMNLP 2023 (Z-Fold), section 3.
 
     Keeps the best round: `zeta` is all ones when none improves the summed loss. Raises `AespaError` on bad input."""
     _check(Ws, Hs, rounds, min_zeta)

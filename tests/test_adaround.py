@@ -35,6 +35,15 @@ def layer(seed, out=4, inp=12, heads=()):
 
 
 @quick
+@given(st.floats(0, 1), st.floats(2, 20))
+def test_sigmoid_and_penalty(h, beta):
+    h = torch.tensor([h], dtype=torch.float64)
+    assert_close(rectified_sigmoid(initial_logit(h)), h, rtol=0, atol=1e-12)
+    assert 0 <= rounding_penalty(h, beta) <= 1
+    assert_close(rounding_penalty(h, beta), rounding_penalty(1 - h, beta))
+
+
+@quick
 @given(seeds, st.integers(2, 8), st.sampled_from([None, 3, 4]))
 def test_start_is_the_weight_itself(seed, bits, group_size):
     "Exactly so inside the range, at its end outside."
@@ -61,15 +70,6 @@ def test_derivatives_by_hand_are_those_of_autograd(seed, beta):
     (expected,) = torch.autograd.grad((pull * h).sum() + rounding_penalty(h, beta), V)
     h = h.detach()
     assert_close(logit_gradient(pull + penalty_gradient(h, beta), torch.sigmoid(V.detach()), h), expected)
-
-
-@quick
-@given(st.floats(0, 1), st.floats(2, 20))
-def test_sigmoid_and_penalty(h, beta):
-    h = torch.tensor([h], dtype=torch.float64)
-    assert_close(rectified_sigmoid(initial_logit(h)), h, rtol=0, atol=1e-12)
-    assert 0 <= rounding_penalty(h, beta) <= 1
-    assert_close(rounding_penalty(h, beta), rounding_penalty(1 - h, beta))
 
 
 def test_schedule():

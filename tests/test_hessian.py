@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from aespa_nb import gridfit, hessian
 from aespa_nb.grid import grouped, minmax_grid
 from aespa_nb.gridfit import fit_grid, group_hessians, row_loss
-from aespa_nb.hessian import Gram, damp, quadratic_loss
+from aespa_nb.hessian import Gram, damp, quadratic_loss, taylor_change
 from aespa_nb.notation import AespaError, NumericalError, tiny_inputs, tiny_weight
 
 quick = settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -29,6 +29,16 @@ def test_loss_is_the_output_error(seed, out, inp, tok):
     X, H = moments(inp, tok, seed)
     dW = tiny_weight(out, inp, seed)
     assert_close(quadratic_loss(dW, H), (dW @ X).square().sum() / tok, rtol=1e-10, atol=1e-14)
+
+
+@quick
+@given(seeds, st.integers(1, 12))
+def test_taylor_change_is_that_of_the_whole_hessian(seed, n):
+    g = torch.Generator().manual_seed(seed)
+    M, w, dw = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((n, n), (n,), (n,)))
+    loss = lambda w: (M @ w).tanh().square().sum()
+    gradient, H = torch.func.grad(loss)(w), torch.autograd.functional.hessian(loss, w)
+    assert_close(taylor_change(loss, w, dw), gradient @ dw + dw @ H @ dw / 2, rtol=1e-9, atol=1e-9)
 
 
 @quick

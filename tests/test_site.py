@@ -16,6 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html") if "_static" not in p.parts)
 CHAPTERS = [p for p in PAGES if p.startswith("nbs/")]
 READABLE = [p for p in PAGES if not p.startswith("_modules/")]
+KINDS = ["index.html", "nbs/03_gridfit.html", "nbs/60_equations.html", "api/generated/data.html"]
 
 if not PAGES:
     pytest.skip("the site is not built: make docs", allow_module_level=True)
@@ -52,6 +53,13 @@ def test_no_dead_link(page):
         elif url.fragment and target.suffix == ".html" and unquote(url.fragment) not in parsed(target.resolve()).ids:
             dead.append(href)
     assert not dead
+
+
+@pytest.mark.parametrize("page", READABLE)
+def test_page_is_light(page):
+    "The page and its own images, without what all pages share."
+    images = {(SITE / page).parent / unquote(h) for h in parsed(SITE / page).hrefs if "_images/" in h}
+    assert sum(f.stat().st_size for f in {SITE / page, *images}) < 1.5e6
 
 
 @pytest.mark.parametrize("page", CHAPTERS)
@@ -118,7 +126,22 @@ BROKEN_FIGURES = """() => [...document.images]
   .filter(i => !i.naturalWidth || (i.getClientRects().length && i.getBoundingClientRect().height < 20))
   .map(i => i.src)"""
 NO_ALT = "() => [...document.querySelectorAll('article img')].filter(i => !i.alt.trim()).map(i => i.src)"
+ALL_BUT_COLOURS = {"rules": {"color-contrast": {"enabled": False}}}  # slow; the same on all pages of a kind
 TOO_WIDE = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+def barriers(tab, options):
+    "What axe-core finds that shuts somebody out, with the elements concerned."
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(tab, context={"exclude": ["mjx-container"]}, options={"resultTypes": ["violations"], **options})
+    worst = [v for v in found.response["violations"] if v["impact"] in ("serious", "critical")]
+    return [(v["id"], v["help"], [n["html"][:200] for n in v["nodes"]][:3]) for v in worst]
+
+
+def turn_dark(tab):
+    tab.click(".theme-switch-button:visible")
+    tab.click(".theme-change-button[data-mode=dark]:visible")
 
 
 def lightness(tab):
@@ -129,7 +152,7 @@ def lightness(tab):
 @needs_browser
 @pytest.mark.parametrize("page", READABLE)
 def test_page(tab, page):
-    "Math and tables are drawn, figures load, dark mode is dark, nothing complains, nothing is asked of the network."
+    "All is drawn, nothing shuts anybody out, dark mode is dark, nothing complains, nothing is asked of the network."
     visit(tab, page)
     shoot(tab, page)
     assert tab.evaluate(RAW_MATH) == []
@@ -138,9 +161,9 @@ def test_page(tab, page):
     assert tab.evaluate(BROKEN_FIGURES) == []
     assert tab.evaluate(NO_ALT) == []
     assert tab.evaluate(TOO_WIDE) <= 0
+    assert barriers(tab, ALL_BUT_COLOURS) == []
     assert lightness(tab) > 200
-    tab.click(".theme-switch-button:visible")
-    tab.click(".theme-change-button[data-mode=dark]:visible")
+    turn_dark(tab)
     assert lightness(tab) < 60
     if page in CHAPTERS or page == "index.html":
         tab.mouse.move(0, 0)
@@ -161,4 +184,71 @@ def test_search_finds_the_main_function(tab):
     tab.click("#search-results li a")
     tab.wait_for_load_state()
     assert tab.evaluate("() => document.body.textContent.includes('quantize_model')")
+    assert tab.wrong == []
+
+
+@needs_browser
+@pytest.mark.parametrize("page", KINDS)
+def test_colours_can_be_told_apart(tab, page):
+    "One page of each kind, by day and by night."
+    visit(tab, page)
+    only = {"runOnly": ["color-contrast"]}
+    assert barriers(tab, only) == []
+    turn_dark(tab)
+    assert barriers(tab, only) == []
+
+
+@needs_browser
+def test_keyboard_reaches_the_text(tab):
+    "The first stop of the tabulator is a visible link that leads past the side bar."
+    visit(tab, "nbs/02_hessian.html")
+    tab.keyboard.press("Tab")
+    assert "skip" in tab.evaluate("() => document.activeElement.textContent").lower()
+    assert tab.evaluate("() => document.activeElement.getBoundingClientRect().height") > 10
+    tab.keyboard.press("Enter")
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("() => document.querySelector('#main-content').contains(document.activeElement)")
+
+
+VISIBLE = "s => [...document.querySelectorAll(s)].filter(e => e.checkVisibility()).length"
+
+
+@needs_browser
+def test_print(tab):
+    "On paper there is the text alone, black on white, and the hidden answers are not hidden."
+    visit(tab, "nbs/02_hessian.html")
+    turn_dark(tab)
+    tab.emulate_media(media="print")
+    assert lightness(tab) > 250
+    assert tab.evaluate(VISIBLE, ".bd-sidebar-primary a, .bd-sidebar-secondary a, .copybtn, .header-article a") == 0
+    assert tab.evaluate(VISIBLE, "article h2") > 3
+    assert tab.evaluate(VISIBLE, "article .admonition details p, article details:not(.toggle-details) p") > 0
+    shoot(tab, "print-02_hessian")
+
+
+@needs_browser
+def test_a_figure_that_moves(tab):
+    "Its numbers follow the sliders, by keyboard alone, and are those of the quadratic loss."
+    visit(tab, "nbs/02_hessian.html")
+    slider, says = tab.locator(".explore [name=correlation]"), tab.locator(".explore p")
+    loss = lambda r, e, f: f"{e * e + 2 * r * e * f + f * f:.2f}"  # noqa: E731
+    assert f"(0, 0) costs {loss(0.9, -0.4, -0.45)}" in says.inner_text()
+    assert f"(0, 1) costs {loss(0.9, -0.4, 0.55)}" in says.inner_text()
+    ellipse = tab.locator(".explore .best").get_attribute("ry")
+    slider.focus()
+    for _ in range(9):
+        tab.keyboard.press("ArrowLeft")
+    assert slider.get_attribute("aria-valuetext") == "0.00"
+    assert f"(0, 0) costs {loss(0, -0.4, -0.45)}" in says.inner_text() and "None costs less" in says.inner_text()
+    tab.keyboard.press("Home")
+    assert f"(0, 0) costs {loss(-0.9, -0.4, -0.45)}" in says.inner_text()
+    tab.locator(".explore [name=second]").focus()
+    tab.keyboard.press("End")
+    assert f"(0, 1) costs {loss(-0.9, -0.4, 0)}" in says.inner_text()
+    assert f"(1, 1) costs {loss(-0.9, 0.6, 0)}" not in says.inner_text()
+    assert tab.locator(".explore .best").get_attribute("ry") != ellipse
+    assert barriers(tab, {"runOnly": ["color-contrast", "label"]}) == []
+    tab.locator(".explore").screenshot(path=SHOTS / "explore-corners.png")
+    turn_dark(tab)
+    tab.locator(".explore").screenshot(path=SHOTS / "explore-corners-dark.png")
     assert tab.wrong == []

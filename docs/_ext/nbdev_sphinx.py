@@ -88,12 +88,10 @@ def symbols():
     return {k.removeprefix(f"{m}."): k for m, names in syms.items() for k in names if public(k)}
 
 
-def link_code(cell, syms):
+def link_code(text, syms):
     "`quantize_model` in prose becomes a link to its reference."
-    if cell.cell_type != "markdown":
-        return
     lines, fenced = [], False
-    for line in cell.source.splitlines(True):
+    for line in text.splitlines(True):
         if line.lstrip().startswith(("```", "~~~", "$$")):
             fenced = not fenced
         elif not fenced and not line.startswith("#"):
@@ -103,7 +101,16 @@ def link_code(cell, syms):
                 line,
             ).replace("](index.ipynb", "](../index.md")
         lines.append(line)
-    cell.source = "".join(lines)
+    return "".join(lines)
+
+
+def link_cell(cell, syms):
+    "Links the names in a cell of prose, or in what a cell has written in Markdown."
+    if cell.cell_type == "markdown":
+        cell.source = link_code(cell.source, syms)
+    for data in (o["data"] for o in cell.get("outputs", ()) if "data" in o):
+        if "text/markdown" in data:
+            data["text/markdown"] = link_code("".join(data["text/markdown"]), syms)
 
 
 def module_table():
@@ -139,7 +146,7 @@ def entry(line, pages):
 def read(app, docname, source):
     if docname.startswith("nbs/"):
         nb, syms = dict2nb(json.loads(source[0])), symbols()
-        procs = [filter_stream_, hide_line, tag_cells, lambda cell: link_code(cell, syms)]
+        procs = [filter_stream_, hide_line, tag_cells, lambda cell: link_cell(cell, syms)]
         NBProcessor(nb=nb, procs=procs, process=True)
         source[0] = json.dumps(nb2dict(nb))
     elif docname == "index":
