@@ -154,9 +154,7 @@ def adaround(
     on_step: Callable[[int, float], None] | None = None,  # called with (iteration, relaxed loss)
 ) -> Float[Tensor, "*heads out inp"]:  # codes
     """Codes found by learning each rounding with Adam; never worse than `grid.codes(start)`.
-
-    Source: aespa, learned rounding.
-    Raises `AespaError` on bad options, `NumericalError` if a weight or the loss is not finite."""
+    Source: aespa, learned rounding. Raises `AespaError` on bad options, `NumericalError` on what is not finite."""
     start = W if start is None else start
     _check(W, start, iterations, lr, weight, warmup, loss_scale)
     value = lambda codes: _measure(loss, grid.values(codes) - W)
