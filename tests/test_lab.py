@@ -1,0 +1,88 @@
+"""JupyterLab, driven as a reader would: it opens the first notebook, runs all its cells, and shows its figure."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TOUR = "index.ipynb"
+
+if not (CHROMIUM and importlib.util.find_spec("jupyterlab")):
+    pytest.skip("needs Chromium and JupyterLab", allow_module_level=True)
+
+
+def address(server, runtime, log):
+    "Where the server listens, once it does."
+    for _ in range(300):
+        for info in runtime.glob("jpserver-*.json"):
+            return json.loads(info.read_text())["url"]
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "The address of a JupyterLab on a copy of the chapters, without the tour's outputs, with settings of its own."
+    nbs, runtime, log = (tmp_path / name for name in ("nbs", "runtime", "log"))
+    shutil.copytree(ROOT / "nbs", nbs, ignore=shutil.ignore_patterns(".*"))
+    tour = nbformat.read(nbs / TOUR, 4)
+    for cell in tour.cells:
+        cell |= {"outputs": [], "execution_count": None} if cell.cell_type == "code" else {}
+    nbformat.write(tour, nbs / TOUR)
+    env = dict(os.environ, PYTHONPATH=str(ROOT), MATPLOTLIBRC=str(ROOT / "tools/matplotlibrc"))
+    env.pop("MPLBACKEND", None)  # the kernel's own, which shows figures
+    env |= {"JUPYTER_RUNTIME_DIR": str(runtime), "PYTHONWARNINGS": "ignore:IProgress"}
+    homes = ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    env |= {home: str(tmp_path / home) for home in homes}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0", f"--notebook-dir={nbs}"]
+    command += ["--IdentityProvider.token=", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
+    with log.open("w") as out:
+        server = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        yield address(server, runtime, log)
+    finally:
+        server.terminate()  # the server ends its kernels
+        server.wait(30)
+
+
+@pytest.fixture
+def tab():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = chromium.new_page(viewport={"width": 1280, "height": 2000})
+        page.set_default_timeout(90_000)
+        yield page
+        chromium.close()
+
+
+DONE = """() => {
+  const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);
+  return prompts.length && prompts.every(text => /\\[\\d+\\]/.test(text));
+}"""  # not [*], which waits or runs, and not [ ], which has not been run
+
+
+def test_the_first_notebook_runs_in_jupyterlab(lab, tab):
+    tab.goto(f"{lab}lab/tree/{TOUR}?reset")
+    tab.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    tab.wait_for_selector("#jp-main-statusbar >> text=| Idle")  # earlier, JupyterLab would ask for a kernel
+    tab.click(".lm-MenuBar-item:has-text('Run')")
+    tab.click(".lm-Menu-item[data-command='runmenu:run-all']")
+    tab.wait_for_function(DONE)
+    stored = [c.outputs[-1] for c in nbformat.read(ROOT / "nbs" / TOUR, 4).cells if c.get("outputs")][-1]
+    assert tab.locator(".jp-OutputArea-output").last.inner_text().split() == stored.text.split()
+    figure = tab.locator(".jp-OutputArea-output :is(img, svg)").first
+    assert figure.bounding_box()["height"] > 100
+    assert tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    tab.screenshot(path=ROOT / "build/screenshots/lab.png")
