@@ -26,7 +26,7 @@ help:
 	@echo "  make torture          round damaged models with every preset (half an hour on a CPU)"
 	@echo "  make hostile          damaged files and hostile input, 43 kinds (ten minutes)"
 	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"
-	@echo "  make plan-check       hold aespa_nb plan against real runs, for chapter 31b (ten minutes on an idle CPU)"
+	@echo "  make plan-check       hold aespa_nb plan against real runs, for chapter 31b (twenty minutes on an idle CPU)"
 	@echo "  make constraints      pin the versions that are installed now"
 	@echo "  make clean            remove what was built; .venv stays"
 

@@ -44,7 +44,7 @@ from .grid import Grid, check_bits, grouped, minmax_grid
 from .gridfit import fit_grid
 from .hessian import damp
 from .journal import Journal, fingerprint, open_journal
-from .loading import _trim, give_back, working_on
+from .loading import _trim, explaining_memory, give_back, working_on
 from .losses import Part, block_losses, parts_of, stages_of, survey
 from .notation import AespaError, NumericalError, UnsupportedModelError
 from .precompute import KroneckerLoss
@@ -742,13 +742,14 @@ def quantize_model(
     "Rounds the linears of all blocks in place (aespa, Algorithm 1); the rest stays, norms too unless `tuning` is on."
     check_model(model, tokens, config)
     inputs = _draw(tokens, config)
-    shares = check_team(team, config, len(next(iter(inputs.values()))))
-    device = torch.device(config.device or model.device)
+    some, device = next(iter(inputs.values())), torch.device(config.device or model.device)
+    shares = check_team(team, config, len(some))
+    enough = explaining_memory(model, some.shape[1], device, config.objective, config.batch_size, config.dtype)
     report, start = QuantReport(config), time.perf_counter()
     total = sum(len(linears_of(b)) for path in stacks_of(model) for b in model.get_submodule(path))
     _warm_up(config.solver)
     book = _opened(journal if team.rank == 0 else None, model, inputs, report)
-    with book as book, _measuring_memory(report, device), _evaluating(model), capturing(model):
+    with enough, book as book, _measuring_memory(report, device), _evaluating(model), capturing(model):
         with _progress(total, progress) as bar:
             _quantize_blocks(model, inputs, shares, device, report, bar, book)
     report.seconds = time.perf_counter() - start
