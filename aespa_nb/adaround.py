@@ -153,9 +153,7 @@ def adaround(
     loss_scale: float = 1.0,  # what the loss of round-to-nearest counts for, per weight
     on_step: Callable[[int, float], None] | None = None,  # called with (iteration, relaxed loss)
 ) -> Float[Tensor, "*heads out inp"]:  # codes
-    """Codes found by learning each rounding with Adam; never worse than `grid.codes(start)`.
-
-    Source: aespa, learned rounding.
+    """Codes learned with Adam, never worse than `grid.codes(start)`. Source: aespa, learned rounding.
     Raises `AespaError` on bad options, `NumericalError` if a weight or the loss is not finite."""
     start = W if start is None else start
     _check(W, start, iterations, lr, weight, warmup, loss_scale)
