@@ -168,12 +168,26 @@ def _own(calls, others) -> set:
 def in_new_file(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     "Zeros in a nameless file of the temporary folder (`TMPDIR`). Raises `AespaError` if the disk is full."
     size = math.prod(shape)
-    with tempfile.TemporaryDirectory(prefix="aespa_nb-", ignore_cleanup_errors=True) as folder:
-        path = str(Path(folder) / "tensor")
+    with _nameless() as path:
         _claim(path, size * dtype.itemsize)
         return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
 
 
+@contextlib.contextmanager
+def _nameless() -> Iterator[str]:
+    "The path of a file that is gone with its last user: it never has a name (Linux), or loses it at once."
+    try:
+        file = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR, 0o600)
+    except (AttributeError, OSError):
+        with tempfile.TemporaryDirectory(prefix="aespa_nb-", ignore_cleanup_errors=True) as folder:
+            yield str(Path(folder) / "tensor")
+        return
+    try:
+        yield f"/proc/self/fd/{file}"
+    finally:
+        os.close(file)
+
+# %% ../nbs/12_models.ipynb #c12claim
 def _claim(path: str, size: int) -> None:
     "Makes a file of `size` bytes. Raises `AespaError` if the disk is full."
     try:

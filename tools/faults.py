@@ -183,6 +183,8 @@ def kill_once(sandbox, words, out, ranks, rng, seconds, found):
     time.sleep(rng.uniform(0, 1.1 * seconds))
     victim = rng.choice(pids)
     os.kill(victim, signal.SIGKILL)
+    for pid in set(pids) - {victim}:
+        os.kill(pid, signal.SIGTERM)  # as torchrun does when one of its processes is gone
     codes = wait(pids)
     found["hung"] += None in codes
     if codes[pids.index(victim)] != -signal.SIGKILL:
