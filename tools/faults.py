@@ -85,6 +85,7 @@ class Sandbox:
             os.environ.update(where, RANK=str(rank), WORLD_SIZE=str(ranks))
         log = os.open(self.folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         code = 99
         try:
             code = main(words)
