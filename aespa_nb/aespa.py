@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -44,7 +43,7 @@ from .grid import Grid, check_bits, grouped, minmax_grid
 from .gridfit import fit_grid
 from .hessian import damp
 from .journal import Journal, fingerprint, open_journal
-from .loading import _trim, explaining_memory, give_back, working_on
+from .loading import _trim, explaining_memory, give_back, sampled, working_on
 from .losses import Part, block_losses, parts_of, stages_of, survey
 from .notation import AespaError, NumericalError, UnsupportedModelError
 from .precompute import KroneckerLoss
@@ -567,19 +566,10 @@ def _measuring_memory(report, device: torch.device) -> Iterator[None]:
         yield
         report.peak_bytes = torch.cuda.max_memory_allocated(device) - start
         return
-    start, done = _private_bytes(), threading.Event()
-
-    def watch():
-        while not done.wait(0.002):
-            report.peak_bytes = max(report.peak_bytes, _private_bytes() - start)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    start = _private_bytes()
+    with sampled(_private_bytes) as highest:
         yield
-    finally:
-        done.set()
-        thread.join()
+    report.peak_bytes = highest[0] - start
 
 # %% ../nbs/14_aespa.ipynb #d5cf0255
 @contextlib.contextmanager
@@ -794,22 +784,22 @@ def _quantize_blocks(model, inputs, shares, device, report, bar, journal) -> Non
                     _visit_block(model, block, streams, report, announce, f"{path}.{i}.", journal)
 
 # %% ../nbs/14_aespa.ipynb #c14visit
-def _tune(block, results, streams, config) -> None:
-    "Fits steps and norm weights to the full-precision output of the block, which `streams[1]` holds."
+def _tune(block, results, streams, config) -> list[str]:
+    "Fits steps and norm weights to the full-precision output of the block, which `streams[1]` holds; notes."
     move = lambda grid, device: replace(grid, step=grid.step.to(device), zero=grid.zero.to(device))
     modules = {n: r for n, r in results.items() if isinstance(dict(block.named_modules()).get(n), nn.Linear)}
     grids = {name: move(r.grid, streams[0].device) for name, r in modules.items()}
-    grids, _ = tune_scales(block, grids, streams[0], streams[1].hidden, config.tuning, seed=config.seed)
+    tuned, _ = tune_scales(block, grids, streams[0], streams[1].hidden, config.tuning, seed=config.seed)
     for name, r in modules.items():
-        r.grid = move(grids[name], "cpu")
+        r.grid = move(tuned[name], "cpu")
+    return ["tuning did not lower the block's error and was dropped"] if tuned is grids else []
 
 
 def _new_block(model, block, streams, config, announce, prefix) -> tuple[dict[str, LayerResult], dict]:
     "Rounds a block in place: the results, and what else is to be reported."
     quantize = _quantize_block if config.method == "layers" else _quantize_whole
     results, memory, notes = quantize(model, block, streams, config, announce, prefix)
-    if config.tuning:
-        _tune(block, results, streams, config)
+    notes += _tune(block, results, streams, config) if config.tuning else []
     return results, dict(memory=memory, notes=[f"{prefix[:-1]}: {note}" for note in notes])
 
 # %% ../nbs/14_aespa.ipynb #c14visi2

@@ -279,6 +279,14 @@ def _run(args, runs) -> dict:
     changed = [{f.name: str(getattr(c, f.name)) for f in fields(c) if getattr(c, f.name) != f.default} for c in runs]
     return {"options": options, "configurations": changed, "machine": machine()}
 
+# %% ../nbs/41_cli.ipynb #c41wrun
+def _write_run(args, folder, tokenizer, config, model, report, rows) -> Exported:
+    "The checkpoint, the results and the report of one run."
+    done = _save(folder, model, report, tokenizer, args, rows)
+    title = f"{args.model}: {args.preset}, {getattr(args, 'auto_bits', None) or args.bits} bits"
+    write_results(folder, title, rows, _run(args, [config]), {"layers": _svg(plot_layers(report))})
+    return done
+
 # %% ../nbs/41_cli.ipynb #0fcb9391
 def _quantize(args, team: Team = ALONE) -> None:
     "`aespa_nb quantize`, on the first process of a team"
@@ -295,10 +303,7 @@ def _quantize(args, team: Team = ALONE) -> None:
         options = dict(team=team, progress=not args.quiet, dtype=dtype, fresh=fresh, journal=out.parent / "journal")
         full, last = compare_presets(model, calib, heldout, [config], [args.preset], **options)
         rows, (_, rounded, report) = [full[0], last[0]], last
-        done = _save(out, rounded, report, tokenizer, args, rows)
-        figures = {"layers": _svg(plot_layers(report))}
-        title = f"{args.model}: {args.preset}, {args.auto_bits or args.bits} bits"
-        write_results(out, title, rows, _run(args, [config]), figures)
+        done = _write_run(args, out, tokenizer, config, rounded, report, rows)
     Console().print(results_table(rows))
     peak, budget = report.peak_bytes / 2**20, report.budget_bytes / 2**20
     print(f"peak memory above the model {peak:.0f} MiB; three blocks and their statistics take {budget:.0f} MiB")
@@ -514,8 +519,7 @@ def _save_trial(args, tokenizer, config, model, report, folder, scores) -> None:
     "Writes what `_quantize` writes."
     numel = sum(p.numel() for p in model.parameters())
     rows = [_row(name, numel, report, s) for name, s in zip(("full", args.preset), scores)]
-    _save(folder, model, report, tokenizer, args, rows)
-    write_results(folder, args.model, rows, _run(args, [config]), {"layers": _svg(plot_layers(report))})
+    _write_run(args, folder, tokenizer, config, model, report, rows)
 
 # %% ../nbs/41_cli.ipynb #8eba0d0d
 def show_text(

@@ -24,6 +24,7 @@ from transformers import __version__ as transformers_version
 from .aespa import AespaConfig, quantize_model
 from .evaluate import evaluate_model
 from .journal import fingerprint, write_json
+from .loading import _read_json
 from .notation import AespaError, UnsupportedModelError
 
 # %% ../nbs/30_comparison.ipynb #845eaa7e
@@ -58,6 +59,9 @@ def setting_of(model: PreTrainedModel, calib: Tensor, heldout: Tensor, changes: 
     return dict(model=type(model).__name__, weights=fingerprint(model.parameters()), **data, changes=kept)
 
 # %% ../nbs/30_comparison.ipynb #8d722e10
+_ADVICE = "remove it, and what it held is measured again"
+
+
 def claim_folder(folder: str | Path, setting: dict) -> Path:
     "`folder`, made if need be, for records of this setting. Raises `AespaError` if it holds records of another."
     folder = Path(folder).expanduser()
@@ -66,21 +70,10 @@ def claim_folder(folder: str | Path, setting: dict) -> Path:
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     if not (folder / "setting.json").exists():
         write_json(folder / "setting.json", setting)
-    stored = _read_json(folder / "setting.json")
+    stored = _read_json(folder / "setting.json", advice=_ADVICE)
     if other := [k for k in setting if stored.get(k) != setting[k]]:
         raise AespaError(f"{folder} holds runs with another {' and '.join(other)}: choose another folder")
     return folder
-
-
-def _read_json(path: Path, *names: str) -> dict:
-    "The object in a file. Raises `AespaError` if there is none, or one without these names."
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not set(names) <= set(found):
-        raise AespaError(f"{path} is damaged: remove it, and what it held is measured again")
-    return found
 
 # %% ../nbs/30_comparison.ipynb #b11136ab
 def measure_run(
@@ -128,7 +121,7 @@ def compare(
                 write_json(path, measure_run(run, copied, model, draw(run.seed), heldout, changes, progress))
             except UnsupportedModelError as e:
                 write_json(path, run._asdict() | {"refused": str(e)})
-        yield _read_json(path, *Run._fields)
+        yield _read_json(path, *Run._fields, advice=_ADVICE)
 
 # %% ../nbs/30_comparison.ipynb #c30draw
 def drawing(calib: Int[Tensor, "seq tok"], samples: int) -> Callable[[int], Int[Tensor, "seq tok"]]:
@@ -139,7 +132,7 @@ def drawing(calib: Int[Tensor, "seq tok"], samples: int) -> Callable[[int], Int[
 
 def read_records(folder: str | Path) -> list[dict]:
     "All records of a folder that `compare` has written."
-    return [_read_json(path, *Run._fields) for path in sorted((Path(folder) / "runs").glob("*.json"))]
+    return [_read_json(path, *Run._fields, advice=_ADVICE) for path in sorted((Path(folder) / "runs").glob("*.json"))]
 
 # %% ../nbs/30_comparison.ipynb #302bbb01
 def spread(records: list[dict], key: str = "kl") -> tuple[float, float, int]:

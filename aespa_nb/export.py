@@ -27,9 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# %% ../nbs/15_export.ipynb #c15own
 from .aespa import AespaConfig, LayerResult, QuantReport, report_json
 from .capture import zeta_groups
 from .grid import Grid, check_bits
+from .loading import _check_files, _check_sizes, _shards
 from .notation import AespaError
 
 # %% ../nbs/15_export.ipynb #5bd7f951
@@ -551,9 +553,6 @@ class Quantized(NamedTuple):
     facts: dict  # what the model card was told
 
 # %% ../nbs/15_export.ipynb #c15read
-from aespa_nb.loading import _check_files, _check_sizes, _shards
-
-
 def _model_class(config) -> type:
     "The class that the configuration names. Raises `AespaError` if it is no model of transformers."
     kind = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -37,7 +36,7 @@ from .bench import TOKEN_PHASES, Meter, _clock, _wrapped, metering
 from .capture import stacks_of
 from .evaluate import Scores, evaluate_model
 from .export import snap_model
-from .loading import _trim, in_file
+from .loading import _trim, in_file, sampled
 from .notation import AespaError
 
 # %% ../nbs/31b_plan.ipynb #p10
@@ -94,23 +93,15 @@ class Stage:
 @contextlib.contextmanager
 def staged(stages: dict[str, Stage], name: str) -> Iterator[None]:
     "Adds what happens within to the stage `name`."
-    stage, done, process = stages.setdefault(name, Stage()), threading.Event(), psutil.Process()
-
-    def watch():
-        while not done.wait(0.005):
-            stage.peak = max(stage.peak, process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
+    stage, memory = stages.setdefault(name, Stage()), psutil.Process().memory_info
     start = time.process_time(), time.perf_counter()
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        stage.cpu += time.process_time() - start[0]
-        stage.seconds += time.perf_counter() - start[1]
-        stage.peak = max(stage.peak, process.memory_info().rss)
+    with sampled(lambda: memory().rss, every=0.005) as highest:
+        try:
+            yield
+        finally:
+            stage.cpu += time.process_time() - start[0]
+            stage.seconds += time.perf_counter() - start[1]
+    stage.peak = max(stage.peak, highest[0])
 
 # %% ../nbs/31b_plan.ipynb #p21
 def begun() -> dict[str, Stage]:

@@ -13,11 +13,10 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TOUR = "index.ipynb"
 
-if not (CHROMIUM and importlib.util.find_spec("jupyterlab")):
-    pytest.skip("needs Chromium and JupyterLab", allow_module_level=True)
+if not importlib.util.find_spec("jupyterlab"):
+    pytest.skip("needs JupyterLab", allow_module_level=True)
 
 
 def address(server, runtime, log):
@@ -56,15 +55,11 @@ def lab(tmp_path):
 
 
 @pytest.fixture
-def tab():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = chromium.new_page(viewport={"width": 1280, "height": 2000})
-        page.set_default_timeout(90_000)
-        yield page
-        chromium.close()
+def tab(browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 2000})
+    page.set_default_timeout(90_000)
+    yield page
+    page.close()
 
 
 DONE = """() => {
@@ -73,7 +68,7 @@ DONE = """() => {
 }"""  # not [*], which waits or runs, and not [ ], which has not been run
 
 
-def test_the_first_notebook_runs_in_jupyterlab(lab, tab):
+def test_the_first_notebook_runs_in_jupyterlab(tab, lab):
     tab.goto(f"{lab}lab/tree/{TOUR}?reset")
     tab.wait_for_selector(".jp-Notebook .jp-CodeCell")
     tab.wait_for_selector("#jp-main-statusbar >> text=| Idle")  # earlier, JupyterLab would ask for a kernel

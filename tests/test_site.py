@@ -1,7 +1,6 @@
 """The built site, opened in a browser as a reader would: from files, with the network off."""
 
 import re
-import shutil
 from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "docs/_build/html"
 SHOTS = ROOT / "build/screenshots"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html") if "_static" not in p.parts)
 CHAPTERS = [p for p in PAGES if p.startswith("nbs/")]
 READABLE = [p for p in PAGES if not p.startswith("_modules/")]
@@ -20,7 +18,6 @@ KINDS = ["index.html", "nbs/03_gridfit.html", "api/generated/data.html"]
 
 if not PAGES:
     pytest.skip("the site is not built: make docs", allow_module_level=True)
-needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium found (Debian: apt-get install chromium)")
 
 
 class Links(HTMLParser):
@@ -74,18 +71,6 @@ def test_chapter_can_be_taken_away(page):
 # --- in the browser -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    args = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
-    args += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=args)
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def tab(browser):
     "A new tab without network, which notes what goes wrong in it."
@@ -127,6 +112,7 @@ BROKEN_FIGURES = """() => [...document.images]
   .map(i => i.src)"""
 NO_ALT = "() => [...document.querySelectorAll('article img')].filter(i => !i.alt.trim()).map(i => i.src)"
 ALL_BUT_COLOURS = {"rules": {"color-contrast": {"enabled": False}}}  # slow; the same on all pages of a kind
+AT_REST = "() => Promise.allSettled(document.getAnimations().map(a => a.finished))"  # no colour is on its way to another
 TOO_WIDE = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -143,6 +129,8 @@ def barriers(tab, inside="html", **options):
 def turn_dark(tab):
     tab.click(".theme-switch-button:visible")
     tab.click(".theme-change-button[data-mode=dark]:visible")
+    tab.mouse.move(0, 0)
+    tab.evaluate(AT_REST)
 
 
 def lightness(tab):
@@ -150,7 +138,6 @@ def lightness(tab):
     return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
 
 
-@needs_browser
 @pytest.mark.parametrize("page", READABLE)
 def test_page(tab, page):
     "All is drawn, nothing shuts anybody out, dark mode is dark, nothing complains, nothing is asked of the network."
@@ -167,12 +154,10 @@ def test_page(tab, page):
     turn_dark(tab)
     assert lightness(tab) < 60
     if page in CHAPTERS or page == "index.html":
-        tab.mouse.move(0, 0)
         shoot(tab, page, "-dark")
     assert tab.wrong == []
 
 
-@needs_browser
 def test_search_finds_the_main_function(tab):
     visit(tab, "index.html")
     tab.click("button.search-button:visible, .search-button__button:visible")
@@ -188,7 +173,6 @@ def test_search_finds_the_main_function(tab):
     assert tab.wrong == []
 
 
-@needs_browser
 @pytest.mark.parametrize("page", KINDS)
 def test_colours_can_be_told_apart(tab, page):
     "One page of each kind, by day and by night."
@@ -198,7 +182,6 @@ def test_colours_can_be_told_apart(tab, page):
     assert barriers(tab, runOnly=["color-contrast"]) == []
 
 
-@needs_browser
 def test_keyboard_reaches_the_text(tab):
     "The first stop of the tabulator is a visible link that leads past the side bar."
     visit(tab, "nbs/02_hessian.html")
@@ -217,7 +200,6 @@ DARK = """s => [...document.querySelectorAll(s)].filter(e => {
 VISIBLE = "s => [...document.querySelectorAll(s)].filter(e => e.checkVisibility()).length"
 
 
-@needs_browser
 def test_print(tab):
     "On paper there is the text alone, black on white, and the hidden answers are not hidden."
     visit(tab, "nbs/02_hessian.html")
@@ -231,7 +213,6 @@ def test_print(tab):
     shoot(tab, "print-02_hessian")
 
 
-@needs_browser
 def test_a_figure_that_moves(tab):
     "Its numbers follow the sliders, by keyboard alone, and are those of the quadratic loss."
     visit(tab, "nbs/02_hessian.html")

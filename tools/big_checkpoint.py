@@ -32,6 +32,11 @@ def make(folder, size, n_blocks, n_shards=8):
     inner = (size // 2 // n_blocks - 4 * width**2) // (3 * width) // 64 * 64
     shape = dict(hidden_size=width, intermediate_size=inner, num_attention_heads=width // 128)
     config = LlamaConfig(**shape, num_hidden_layers=n_blocks, vocab_size=2048, dtype="bfloat16")
+    write_shards(folder, config, n_shards, draw)
+
+
+def write_shards(folder, config, n_shards, draw):
+    "A checkpoint of a LLaMA in shards, one of them in memory at a time; `draw(shape, rng)` makes its weights."
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):

@@ -18,8 +18,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from big_checkpoint import write_shards
+from transformers import AutoTokenizer, LlamaConfig
 
 STORED = Path("nbs/runs/plan.json")
 PRESETS = ("rtn", "gptq", "aespa", "best", "max")
@@ -31,18 +31,8 @@ HEADS = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=64, max_posi
 def make(folder, n_shards=3):
     "A LLaMA of 57 million weights in bfloat16, in shards, with the bundled tokenizer."
     config = LlamaConfig(**SHAPE, **HEADS, tie_word_embeddings=False, dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
+    write_shards(folder, config, n_shards, draw)
     AutoTokenizer.from_pretrained(str(files("aespa_nb") / "reference"), local_files_only=True).save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
-    rng, names, weight_map = torch.Generator().manual_seed(0), list(shapes), {}
-    for i in range(n_shards):
-        part = names[len(names) * i // n_shards : len(names) * (i + 1) // n_shards]
-        shard = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
-        save_file({name: draw(shapes[name], rng) for name in part}, folder / shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def draw(shape, rng):
