@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .aespa import PRESETS, AespaConfig, QuantReport, check_team, quantize_model
+from .aespa import PRESETS, AespaConfig, QuantReport, check_model, check_team, quantize_model
 from .bench import bench, bench_summary, random_tokens, shape_config, shape_model
 from .bits import CHOICES, auto_bits, bits_text, check_budget
 from .comparison import Run, compare, comparison_table, drawing, machine, plan_runs, read_records, spread
@@ -296,6 +296,7 @@ def _quantize(args, team: Team = ALONE) -> None:
     model, tokenizer = _load(args, args.model)
     calib, heldout = _tokens(args, model, tokenizer)
     config = _config(args, args.preset, args.bits, model, calib)
+    check_model(model, calib, config)  # before the full model is measured, which takes longer
     check_team(team, config, len(calib))
     team.broadcast((calib, config))
     with complete_folder(args.out, args.resume) as out:
