@@ -78,6 +78,7 @@ def fit_grid(
 ) -> Grid:
     "The grid with the least `e H e^T` after rounding, per row and group: aespa's grid search, over steps and zeros."
     _check_search(W, H, n_clip, min_clip)
+    grouped(W, group_size)  # raises if the groups do not fit
     blocks = group_hessians(H, group_size)
     return _search(W, lambda E: row_loss(E, blocks), bits, group_size, symmetric, n_clip, min_clip, W)
 
@@ -93,6 +94,8 @@ def fit_weighted(
     target: Weight | None = None,  # the weights that will be rounded; None: `W`
 ) -> Grid:
     "The grid with the least sum of `price * e**2` after rounding, per row and group."
+    if price.shape[-1] != W.shape[-1]:
+        raise AespaError(f"{price.shape[-1]} prices do not belong to a weight with {W.shape[-1]} inputs")
     p = grouped(price[..., None, :].expand(W.shape), group_size)
     target = W if target is None else target
     return _search(W, lambda E: (E.square() * p).sum(-1), bits, group_size, symmetric, n_clip, min_clip, target)
