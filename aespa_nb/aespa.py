@@ -38,7 +38,7 @@ from .data import check_tokens
 from .descent import best_of_starts, vary_grid
 from .distributed import ALONE, Shares, Team
 from .families import kind_of, linears_of, weight_of
-from .gptq import gptq
+from .gptq import fit_compensated, gptq
 from .grid import Grid, check_bits, grouped, minmax_grid
 from .gridfit import fit_grid
 from .hessian import damp
@@ -54,7 +54,7 @@ from .zfold import zfold
 # %% ../nbs/14_aespa.ipynb #14b07105
 _CHOICES = {
     "objective": ("layer", "attention", "gauss-newton"),
-    "grid": ("minmax", "hessian"),
+    "grid": ("minmax", "hessian", "compensated"),
     "solver": ("rtn", "gptq", "adaround", "gptq+adaround", "descent", "boa"),
 }
 
@@ -132,7 +132,7 @@ class AespaConfig(_Format, RunConfig):
     "What `quantize_model` does, and how (`RunConfig`). Raises `AespaError` if a field cannot work."
     method: str = "layers"  # or one of `METHODS`, which round a block as a whole and use few of the fields below
     objective: str = "attention"  # "attention": the paper's losses for Q, K, V; "gauss-newton"; "layer": tr(dW H dW^T)
-    grid: str = "hessian"  # "hessian": search under H; "minmax": full range
+    grid: str = "hessian"  # "hessian": search under H; "compensated": for GPTQ's weights; "minmax": full range
     zfold: bool = False  # per-input scales where they are free
     solver: str = "gptq+adaround"  # "rtn", "gptq", "adaround" (from nearest), "gptq+adaround", "descent", "boa"
     starts: int = 1  # grids that the descent starts from, 1 to 6
@@ -162,8 +162,8 @@ PRESETS = {
     "awq": dict(method="awq"),
     "omniquant": dict(method="omniquant", iterations=200),
     "affinequant": dict(method="affinequant", iterations=200),
-    "gptq": dict(objective="layer", grid="hessian", solver="gptq"),
-    "zfold": dict(objective="layer", grid="hessian", solver="gptq", zfold=True),
+    "gptq": dict(objective="layer", grid="compensated", solver="gptq"),
+    "zfold": dict(objective="layer", grid="compensated", solver="gptq", zfold=True),
     "turboboa": dict(objective="attention", grid="hessian", solver="boa", correction=0.5, damping=0.05),
     "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
     "brecq": dict(method="brecq", iterations=300),
@@ -243,6 +243,8 @@ def _fit(U, H, config):
     "The grid of the configured kind; a coarse search where the solver refits the steps."
     if config.grid == "minmax":
         return minmax_grid(U, config.bits, config.group_size, config.symmetric)
+    if config.grid == "compensated":
+        return fit_compensated(U, H, config.bits, config.group_size, config.symmetric)
     n_clip = 20 if config.solver == "descent" else 50
     return fit_grid(U, H, config.bits, config.group_size, config.symmetric, n_clip)
 
