@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 # %% ../nbs/31_cost.ipynb #22952fe8
-from . import aespa, descent, target, zfold
+from . import aespa, descent, gptq, target, zfold
 from .aespa import AespaConfig, check_model, quantize_model
 from .capture import BlockStream, listening, stacks_of
 from .gaussnewton import GaussNewtonStatistics
@@ -353,6 +353,10 @@ def _search(_, W, H, bits, group_size=None, symmetric=False, n_clip=50, *rest, *
     return search_work(*_rows(W, H)[:2], n_clip * (1 if symmetric else 2), group_size)
 
 
+def _gptq(_, W, H, *rest):
+    return gptq_work(*_rows(W, H))
+
+
 def _sweeps(result, W, grid, H, G=None, *rest, **kwargs):
     head_rows = 0 if G is None else G.shape[-1]
     return descent_work(*_rows(W, H)[:2], len(result.losses) - 1, head_rows)
@@ -376,10 +380,12 @@ _SOLVING = (
     (aespa, "full_precision_target", "target", lambda _, W, *rest: product_work(len(W), W.shape[1], W.shape[1])),
     (aespa, "minmax_grid", "grid", None),
     (aespa, "fit_grid", "grid", _search),
+    (aespa, "fit_compensated", "grid", lambda _, W, H, *rest: gptq_work(0, *_rows(W, H)[1:])),  # prices; no products
+    (gptq, "gptq", "GPTQ", _gptq),
     (aespa, "zfold", "grid", None),
     (zfold, "fit_grid", "grid", _search),
     (zfold, "solve_zeta", "grid", lambda _, Bs, *rest: _zeta_work(Bs)),
-    (aespa, "gptq", "GPTQ", lambda _, W, H, *rest: gptq_work(*_rows(W, H))),
+    (aespa, "gptq", "GPTQ", _gptq),
     (aespa, "best_of_starts", "descent", None),
     (descent, "descend", "descent", _sweeps),
     (aespa, "adaround", "Adam", _steps),
