@@ -9,7 +9,7 @@ help:
 	@echo "aespa_nb: attention-aware quantization, taught by the notebooks it is built from"
 	@echo
 	@echo "  make demo             quantize the bundled model to 2 and 3 bits and compare the methods (into build/demo)"
-	@echo "  make lab              open the chapters in JupyterLab (as root: ARGS=--allow-root)"
+	@echo "  make lab              open the tour and the chapters in JupyterLab (as root: ARGS=--allow-root)"
 	@echo "  make docs             build the site (docs/_build/html/index.html)"
 	@echo "  make test             everything CI checks, under 20 minutes on 2 cores"
 	@echo
@@ -43,7 +43,7 @@ docs: $(DEV)
 	@echo "Open docs/_build/html/index.html"
 
 lab: $(DEV)
-	MATPLOTLIBRC=$(CURDIR)/tools/matplotlibrc PYTHONWARNINGS=ignore:IProgress $(PY) -m jupyterlab --notebook-dir=nbs $(ARGS)
+	MATPLOTLIBRC=$(CURDIR)/tools/matplotlibrc $(PY) -m jupyterlab --notebook-dir=nbs --LabApp.default_url=/lab/tree/tour.ipynb $(ARGS)
 
 export: $(DEV)
 	.venv/bin/nbdev_export

@@ -1,4 +1,4 @@
-"""JupyterLab, driven as a reader would: it opens the first notebook, runs all its cells, and shows its figure."""
+"""JupyterLab, driven as a reader would: it opens the tour, runs all cells, and a slider moves a figure."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOUR = "index.ipynb"
+TOUR = "tour.ipynb"
 
 if not importlib.util.find_spec("jupyterlab"):
     pytest.skip("needs JupyterLab", allow_module_level=True)
@@ -40,7 +40,7 @@ def lab(tmp_path):
     nbformat.write(tour, nbs / TOUR)
     env = dict(os.environ, PYTHONPATH=str(ROOT), MATPLOTLIBRC=str(ROOT / "tools/matplotlibrc"))
     env.pop("MPLBACKEND", None)  # the kernel's own, which shows figures
-    env |= {"JUPYTER_RUNTIME_DIR": str(runtime), "PYTHONWARNINGS": "ignore:IProgress"}
+    env["JUPYTER_RUNTIME_DIR"] = str(runtime)
     homes = ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
     env |= {home: str(tmp_path / home) for home in homes}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0", f"--notebook-dir={nbs}"]
@@ -57,27 +57,46 @@ def lab(tmp_path):
 @pytest.fixture
 def tab(browser):
     page = browser.new_page(viewport={"width": 1280, "height": 2000})
-    page.set_default_timeout(90_000)
+    page.set_default_timeout(300_000)
     yield page
     page.close()
 
 
+LOOKS = "e => e.src || e.outerHTML"
 DONE = """() => {
   const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);
   return prompts.length && prompts.every(text => /\\[\\d+\\]/.test(text));
 }"""  # not [*], which waits or runs, and not [ ], which has not been run
 
 
-def test_the_first_notebook_runs_in_jupyterlab(tab, lab):
+def test_the_tour_runs_in_jupyterlab(tab, lab):
     tab.goto(f"{lab}lab/tree/{TOUR}?reset")
     tab.wait_for_selector(".jp-Notebook .jp-CodeCell")
     tab.wait_for_selector("#jp-main-statusbar >> text=| Idle")  # earlier, JupyterLab would ask for a kernel
     tab.click(".lm-MenuBar-item:has-text('Run')")
     tab.click(".lm-Menu-item[data-command='runmenu:run-all']")
     tab.wait_for_function(DONE)
+    assert tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     stored = [c.outputs[-1] for c in nbformat.read(ROOT / "nbs" / TOUR, 4).cells if c.get("outputs")][-1]
     assert tab.locator(".jp-OutputArea-output").last.inner_text().split() == stored.text.split()
     figure = tab.locator(".jp-OutputArea-output :is(img, svg)").first
     assert figure.bounding_box()["height"] > 100
-    assert tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    move_a_slider(tab)
     tab.screenshot(path=ROOT / "build/screenshots/lab.png")
+
+
+def move_a_slider(tab):
+    "The figure below the first slider, which stands at 2 bits, is drawn anew when the slider is moved."
+    box = tab.locator(".widget-interact").first
+    figure = box.locator(":is(img, svg)").last
+    before = figure.evaluate(LOOKS)
+    box.locator("[role=slider]").first.press("ArrowRight")
+    wait_until(lambda: figure.evaluate(LOOKS) != before)
+    assert box.locator(".widget-readout").first.inner_text() == "3"
+
+
+def wait_until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "nothing has changed"
+        time.sleep(0.1)

@@ -28,7 +28,6 @@ ENV = dict(
     PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="COMPATIBLE",
     OPENBLAS_CORETYPE="Haswell", ONEDNN_MAX_CPU_ISA="AVX2", CUDA_VISIBLE_DEVICES="",
     HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1",
-    PYTHONWARNINGS="ignore:IProgress",  # tqdm misses ipywidgets, which we have no use for
     SOURCE_DATE_EPOCH="0", MATPLOTLIBRC=str(Path(__file__).with_name("matplotlibrc").resolve()), COLUMNS="100",
 )  # fmt: skip
 KERNEL = ["--log-level=40", '--InlineBackend.figure_formats={"svg"}']
