@@ -41,7 +41,7 @@ def test_every_linear_is_quantized_or_named(name):
 @pytest.mark.parametrize("name", ["LLaMA", "GPT-NeoX", "Qwen3"])
 def test_refined_losses_lower_the_attention_error(name):
     errors = families.attention_errors(name, seed=0)
-    assert errors["aespa"] < errors["gptq"] and errors["best"] < errors["gptq"]
+    assert errors["aespa"] < errors["gptq"] and errors["best"] < min(errors["gptq"], errors["gptq, own grid"])
 
 
 @pytest.mark.parametrize("name", ["LLaMA", "GPT-J", "Qwen3-MoE"])

@@ -218,26 +218,34 @@ def value_loss(model, data) -> float:
     return max(worst, abs(float(loss(dW) / true) - 1))
 
 
-def attention_errors(
-    name: str, seed: int, presets=("gptq", "aespa", "best"), iterations: int = 300
-) -> dict[str, float]:
+RECIPES = {  # on one grid, so that only loss and solver differ; then with the grid that GPTQ's preset has
+    "gptq": ("gptq", dict(grid="hessian")),
+    "aespa": ("aespa", {}),
+    "best": ("best", {}),
+    "gptq, own grid": ("gptq", {}),
+    "aespa, gptq's grid": ("aespa", dict(grid="compensated")),
+}
+
+
+def attention_errors(name: str, seed: int, recipes=RECIPES, iterations: int = 300) -> dict[str, float]:
     "Relative error of the first block's attention outputs, with only what makes Q, K and V rounded to 3 bits."
     model, data = build(name, seed), inputs(name, seed=seed)
     found = first_block(model, data, lambda b, s: survey(model, b, s))
     linears = {r.linear for a in found.attentions for r in a.roles.values()}
     outputs, errors, path = [a.o for a in found.attentions], {}, stacks_of(model)[-1]
     full = heads_read(model, data, outputs)
-    for preset in presets:
+    for recipe in recipes:
+        preset, options = RECIPES[recipe]
         rounded, mixed = copy.deepcopy(model), copy.deepcopy(model)
-        quantize_model(rounded, data, AespaConfig.preset(preset, bits=3, iterations=iterations))
+        quantize_model(rounded, data, AespaConfig.preset(preset, bits=3, iterations=iterations, **options))
         block = mixed.get_submodule(path)[0]
         with torch.no_grad():
             for n in linears:
                 weight_of(block, n).copy_(weight_of(rounded.get_submodule(path)[0], n))
-        now, errors[preset] = heads_read(mixed, data, outputs), 0.0
+        now, errors[recipe] = heads_read(mixed, data, outputs), 0.0
         for n, x in full.items():
             W = weight_of(block, n).detach()
-            errors[preset] += float(((now[n] - x) @ W.T).pow(2).sum() / (x @ W.T).pow(2).sum())
+            errors[recipe] += float(((now[n] - x) @ W.T).pow(2).sum() / (x @ W.T).pow(2).sum())
     return errors
 
 

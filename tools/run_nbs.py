@@ -50,6 +50,17 @@ def merge_streams(cell):
     cell.outputs = out
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def drop_widgets(nb):
+    "Progress bars and sliders are made anew in each session, under random names: they are not stored."
+    nb.metadata.pop("widgets", None)
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+
+
 def run(path, flags=(), timeout=600):
     "The notebook with fresh outputs, cleaned; and how many cells were run."
     cfg = get_config()
@@ -64,6 +75,7 @@ def run(path, flags=(), timeout=600):
         nb, timeout=timeout, kernel_name="python3", record_timing=False, extra_arguments=KERNEL,
         resources={"metadata": {"path": str(Path(path).parent)}},
     ).execute()  # fmt: skip
+    drop_widgets(nb)
     for c in code:
         if c.id in kept:
             c.metadata.tags.remove("skip-execution")
