@@ -209,12 +209,12 @@ def _tokens(args, model, tokenizer) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/41_cli.ipynb #c41bits0
 def _config(args, preset, bits, model=None, calib=None) -> AespaConfig:
-    "The preset with the options that were given; with --auto-bits the bits are shared out here."
+    "The preset with the options that were given; with --auto-bits the bits are shared out here, if there is a model."
     given = {k: getattr(args, k) for k in ("group_size", "symmetric", "iterations", "device", "seed")}
     given["shares"] = getattr(args, "shares", None)
     given["keep"] = _keep(getattr(args, "keep", None))
     config = AespaConfig.preset(preset, bits, **{k: v for k, v in given.items() if v is not None})
-    if getattr(args, "auto_bits", None) is None:
+    if getattr(args, "auto_bits", None) is None or model is None:
         return config
     choices = (2, 3, 4, 8) if getattr(args, "format", None) == "gptq" else CHOICES
     config = auto_bits(model, calib, config, args.auto_bits, choices, progress=not args.quiet)
@@ -300,6 +300,7 @@ def _quantize(args, team: Team = ALONE) -> None:
     _check_full(args.model)
     _whole_bits(args)
     check_format(args.format, args.bits)
+    _config(args, args.preset, args.bits)  # refused now, not after a download
     model, tokenizer = _load(args, args.model)
     calib, heldout = _tokens(args, model, tokenizer)
     config = _config(args, args.preset, args.bits, model, calib)
