@@ -64,6 +64,12 @@ def _load(args, source: str):
     "`source` as the options ask."
     return load_model(source, trust_remote_code=args.trust_remote_code)
 
+
+def _check_full(source: str) -> None:
+    "Raises `AespaError` for a folder that we have written: what is unpacked from it looks like any other model."
+    if (Path(source).expanduser() / "quantization.json").is_file():
+        raise AespaError(f"{source} holds a rounded model: start from the full-precision one")
+
 # %% ../nbs/41_cli.ipynb #24a67b43
 def _file_dtype(args, bits: int) -> torch.dtype:
     "The type in which a checkpoint stores its weights; float32 where bfloat16 would not tell 8-bit codes apart."
@@ -203,12 +209,12 @@ def _tokens(args, model, tokenizer) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/41_cli.ipynb #c41bits0
 def _config(args, preset, bits, model=None, calib=None) -> AespaConfig:
-    "The preset with the options that were given; with --auto-bits the bits are shared out here."
+    "The preset with the options that were given; with --auto-bits the bits are shared out here, if there is a model."
     given = {k: getattr(args, k) for k in ("group_size", "symmetric", "iterations", "device", "seed")}
     given["shares"] = getattr(args, "shares", None)
     given["keep"] = _keep(getattr(args, "keep", None))
     config = AespaConfig.preset(preset, bits, **{k: v for k, v in given.items() if v is not None})
-    if getattr(args, "auto_bits", None) is None:
+    if getattr(args, "auto_bits", None) is None or model is None:
         return config
     choices = (2, 3, 4, 8) if getattr(args, "format", None) == "gptq" else CHOICES
     config = auto_bits(model, calib, config, args.auto_bits, choices, progress=not args.quiet)
@@ -291,8 +297,10 @@ def _write_run(args, folder, tokenizer, config, model, report, rows) -> Exported
 def _quantize(args, team: Team = ALONE) -> None:
     "`aespa_nb quantize`, on the first process of a team"
     check_free(args.out, args.resume)
+    _check_full(args.model)
     _whole_bits(args)
     check_format(args.format, args.bits)
+    _config(args, args.preset, args.bits)  # refused now, not after a download
     model, tokenizer = _load(args, args.model)
     calib, heldout = _tokens(args, model, tokenizer)
     config = _config(args, args.preset, args.bits, model, calib)
@@ -399,6 +407,7 @@ def _demo(args) -> None:
 # %% ../nbs/41_cli.ipynb #7e7ba407
 def _compare(args) -> None:
     "`aespa_nb compare`"
+    _check_full(args.model)
     model, tokenizer = _load(args, args.model)
     heldout, draw = _pools(args, model, tokenizer)
     changes = {k: getattr(args, k) for k in ("symmetric", "iterations", "device")} | {"keep": _keep(args.keep)}
@@ -496,6 +505,7 @@ def _plan(args) -> None:
     if args.trial:
         return _trial(args)
     check_format(args.format, args.bits)
+    _check_full(args.model)
     _config(args, args.preset, args.bits)  # refused now, not by the trial
     options = {k: v for k, v in vars(args).items() if not callable(v) and k not in ("command", "trial")}
     plan = plan_run(try_out(["-m", "aespa_nb", "plan", args.model, "--trial", json.dumps(options)]))

@@ -563,6 +563,8 @@ def _model_class(config) -> type:
 # %% ../nbs/15_export.ipynb #c15read1
 def _read(folder: Path) -> Quantized:
     "`read_quantized`, as it fails."
+    if not folder.is_dir():
+        raise AespaError(f"no folder at {str(folder)!r}: name one that quantize or export has written")
     _check_files(folder)
     saved, config = _saved(folder), AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     kind, form, bits = _model_class(config), saved["export"]["format"], saved["export"]["bits"]

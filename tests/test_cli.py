@@ -129,6 +129,20 @@ def test_help_teaches(command, capsys):
     assert stop.value.code == 0 and len(capsys.readouterr().out.splitlines()) > 8
 
 
+@pytest.mark.parametrize("form", ["dense", "compressed-tensors"])
+def test_a_rounded_model_is_not_rounded_again(form, local_model, tmp_path, capsys):
+    "Unpacked while loading it looks like any other; what it lost would count as nothing."
+    text, out = ["--calibration", str(local_model / "text.txt")], tmp_path / "out"
+    words = [str(local_model), *text, *SHORT, "--preset", "rtn", "--format", form, "--out", str(out)]
+    assert main(["quantize", *words]) == 0
+    for command in ("quantize", "plan", "compare"):
+        capsys.readouterr()
+        assert main([command, str(out), *text, "--quiet", "--out", str(tmp_path / "again")]) == 2
+        assert "holds a rounded model" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+    assert main(["eval", str(out), "--data", text[1], "--eval-samples", "2", "--quiet"]) == 0
+
+
 def test_python_dash_m_and_usage_exit_code():
     done = subprocess.run([sys.executable, "-m", "aespa_nb", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2 and "quantize" in done.stderr

@@ -340,6 +340,8 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     model.save_pretrained(tmp_path / "foreign")
     with pytest.raises(AespaError, match="no quantization.json"):
         read_quantized(tmp_path / "foreign")
+    with pytest.raises(AespaError, match="no folder at .*nowhere"):
+        read_quantized(tmp_path / "nowhere")
     export_model(model, nearest(model, 3), tmp_path / "out", "dense")
     weights = load_file(tmp_path / "out/model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0] *= -1

@@ -1,13 +1,15 @@
 """Methods that round a whole block, as `quantize_model` runs them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from aespa_nb import AespaConfig, quantize_model
-from aespa_nb.aespa import METHODS, report_rows
+from aespa_nb.aespa import METHODS, SOLVERS, report_rows
+from aespa_nb.gptq import gptq
 from aespa_nb.notation import AespaError, UnsupportedModelError
 from aespa_nb.tune import Rounded
 
@@ -88,3 +90,46 @@ def test_a_block_left_worse_than_rtn_is_rounded_to_nearest_and_named(model, monk
     for a, b in zip(rounded.parameters(), plain.parameters()):
         assert torch.equal(a, b)
     assert len(report.notes) == 2 and all("round-to-nearest" in note for note in report.notes)
+
+
+# --- solvers of one's own -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["layer", "attention", "gauss-newton"])
+@pytest.mark.parametrize("changes", [{}, {"group_size": 16}, {"zfold": True}, {"shares": 2}])
+def test_a_solver_of_ones_own_does_what_the_same_one_inside_does(model, monkeypatch, objective, changes):
+    monkeypatch.setitem(SOLVERS, "mine", lambda U, grid, loss, config: (gptq(U, loss.H, grid).W_int, grid))
+    mine, inside = copy.deepcopy(model), copy.deepcopy(model)
+    for rounded, solver in ((mine, "mine"), (inside, "gptq")):
+        report = quantize_model(rounded, TOKENS, AespaConfig(solver=solver, objective=objective, **changes))
+        assert len(report.layers) == 14 and not report.notes
+    for a, b in zip(mine.parameters(), inside.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_a_solver_of_ones_own_may_return_another_grid(model, monkeypatch):
+    def doubled(U, grid, loss, config):
+        grid = replace(grid, step=2 * grid.step)
+        return grid.codes(U), grid
+
+    monkeypatch.setitem(SOLVERS, "mine", doubled)
+    nearest = AespaConfig.preset("rtn", bits=4)
+    coarse, fine = (quantize_model(copy.deepcopy(model), TOKENS, c) for c in (replace(nearest, solver="mine"), nearest))
+    for name, r in coarse.layers.items():  # worse than nearest: the last guard steps in
+        assert torch.equal(r.weight, fine.layers[name].weight)
+    assert len(coarse.notes) == 14 and all("mine left" in note for note in coarse.notes)
+
+
+SPOILT = [lambda c: c + 0.5, lambda c: c + 9, lambda c: c[..., :-1], lambda c: c * float("nan")]
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_codes_that_the_grid_does_not_have_are_refused(model, monkeypatch, spoil):
+    monkeypatch.setitem(SOLVERS, "mine", lambda U, grid, loss, config: (spoil(grid.codes(U)), grid))
+    with pytest.raises(AespaError, match="solver 'mine': codes must be whole numbers of 2 bits"):
+        quantize_model(copy.deepcopy(model), TOKENS, AespaConfig(solver="mine"))
+
+
+def test_a_solver_that_nobody_has_named_is_refused():
+    with pytest.raises(AespaError, match="solver must be one of rtn, gptq, .* not 'mine'"):
+        AespaConfig(solver="mine")

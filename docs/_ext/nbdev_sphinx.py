@@ -99,7 +99,7 @@ def link_code(text, syms):
                 r"(?<![`\[}])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`|\])",
                 lambda m: f"{{py:obj}}`{m[1]} <{syms[m[1]]}>`" if m[1] in syms else m[0],
                 line,
-            ).replace("](index.ipynb", "](../index.md")
+            ).replace("](index.ipynb", "](../index.md").replace("](../docs/", "](../")
         lines.append(line)
     return "".join(lines)
 
