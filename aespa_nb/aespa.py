@@ -55,7 +55,6 @@ from .zfold import zfold
 _CHOICES = {
     "objective": ("layer", "attention", "gauss-newton"),
     "grid": ("minmax", "hessian", "compensated"),
-    "solver": ("rtn", "gptq", "adaround", "gptq+adaround", "descent", "boa"),
 }
 
 # %% ../nbs/14_aespa.ipynb #c14method
@@ -67,8 +66,15 @@ METHODS: dict[str, Callable[[BlockTask], dict[str, Rounded]]] = {
     "signround": signround,
 }
 
-# of your own, by name: what finds the codes of one weight, and may change its grid
-SOLVERS: dict[str, Callable[[Tensor, Grid, KroneckerLoss, "AespaConfig"], tuple[Tensor, Grid]]] = {}
+# for layers one at a time; `_learn`, `_descend` and `_fit` follow below
+SOLVERS: dict[str, Callable[[Tensor, Grid, KroneckerLoss, "AespaConfig"], tuple[Tensor, Grid]]] = {
+    "rtn": lambda U, grid, loss, config: (grid.codes(U), grid),
+    "gptq": lambda U, grid, loss, config: (gptq(U, loss.H, grid).W_int, grid),
+    "adaround": lambda U, grid, loss, config: (_learn(U, grid, loss, U, config), grid),
+    "gptq+adaround": lambda U, grid, loss, config: (_learn(U, grid, loss, gptq(U, loss.H, grid).W_comp, config), grid),
+    "descent": lambda U, grid, loss, config: _descend(U, grid, loss, config),
+    "boa": lambda U, grid, loss, config: boa(U, loss.H, grid, loss.G, fit=lambda some: _fit(some, loss.H, config)),
+}
 
 # %% ../nbs/14_aespa.ipynb #c14ranges
 def _validate_ranges(config) -> None:
@@ -92,8 +98,7 @@ def _validate(config) -> None:
     check_bits(config.bits)
     if config.method not in ("layers", *METHODS):
         raise AespaError(f"method must be one of {', '.join(['layers', *METHODS])}, not {config.method!r}")
-    for name, choices in _CHOICES.items():
-        choices = [*choices, *SOLVERS] if name == "solver" else choices
+    for name, choices in {**_CHOICES, "solver": SOLVERS}.items():
         if getattr(config, name) not in choices:
             raise AespaError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
     if config.group_size is not None and config.group_size < 1:
@@ -252,26 +257,12 @@ def _fit(U, H, config):
     return fit_grid(U, H, config.bits, config.group_size, config.symmetric, n_clip)
 
 # %% ../nbs/14_aespa.ipynb #c14solve
-def _own(U, grid, loss, config):
-    "What one of `SOLVERS` makes of it. Raises `AespaError` for codes that the grid doesn't have."
-    codes, grid = SOLVERS[config.solver](U, grid, loss, config)
-    if codes.shape != U.shape or not torch.equal(codes, codes.round().clamp(0, 2**config.bits - 1)):
-        raise AespaError(f"solver {config.solver!r}: codes must be whole numbers of {config.bits} bits, shaped as U")
-    return codes.to(U.dtype), grid
-
-
 def _solve(U, grid, loss, config):
-    "Codes of `U` found by the configured solver, and their grid."
-    if config.solver in SOLVERS:
-        return _own(U, grid, loss, config)
-    if config.solver == "rtn":
-        return grid.codes(U), grid
-    if config.solver == "descent":
-        return _descend(U, grid, loss, config)
-    if config.solver == "boa":
-        return boa(U, loss.H, grid, loss.G, fit=lambda some: _fit(some, loss.H, config))
-    codes, start = gptq(U, loss.H, grid) if config.solver.startswith("gptq") else (None, U)
-    return codes if config.solver == "gptq" else _learn(U, grid, loss, start, config), grid
+    "Codes of `U` by the configured solver, and their grid. Raises `AespaError` for codes that the grid doesn't have."
+    codes, grid = SOLVERS[config.solver](U, grid, loss, config)
+    if codes.shape != U.shape or not bool(((codes == codes.round()) & (codes >= 0) & (codes < 2**config.bits)).all()):
+        raise AespaError(f"solver {config.solver!r}: codes must be whole numbers of {config.bits} bits, shaped as U")
+    return codes, grid
 
 # %% ../nbs/14_aespa.ipynb #1e14b1a1
 def round_layer(
@@ -602,8 +593,6 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
 @functools.cache
 def _warm_up(solver: str) -> None:
     "Rounds toy layers, so that what the solver loads or compiles at first use is in memory."
-    if solver in SOLVERS:
-        return
     config, eye = AespaConfig(solver=solver, iterations=1, starts=2), torch.eye(4)
     with _progress(1, False):
         for G in (None, torch.eye(2).expand(2, 2, 2)):

@@ -227,15 +227,14 @@ RECIPES = {  # on one grid, so that only loss and solver differ; then with the g
 }
 
 
-def attention_errors(name: str, seed: int, recipes=RECIPES, iterations: int = 300) -> dict[str, float]:
+def attention_errors(name: str, seed: int, iterations: int = 300) -> dict[str, float]:
     "Relative error of the first block's attention outputs, with only what makes Q, K and V rounded to 3 bits."
     model, data = build(name, seed), inputs(name, seed=seed)
     found = first_block(model, data, lambda b, s: survey(model, b, s))
     linears = {r.linear for a in found.attentions for r in a.roles.values()}
     outputs, errors, path = [a.o for a in found.attentions], {}, stacks_of(model)[-1]
     full = heads_read(model, data, outputs)
-    for recipe in recipes:
-        preset, options = RECIPES[recipe]
+    for recipe, (preset, options) in RECIPES.items():
         rounded, mixed = copy.deepcopy(model), copy.deepcopy(model)
         quantize_model(rounded, data, AespaConfig.preset(preset, bits=3, iterations=iterations, **options))
         block = mixed.get_submodule(path)[0]
