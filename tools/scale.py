@@ -73,6 +73,7 @@ def work(args):
 
 
 def main(args):
+    load = os.getloadavg()[0]
     rows, env = [], dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
     for ranks in args.ranks:
         with tempfile.NamedTemporaryFile() as file:
@@ -82,7 +83,7 @@ def main(args):
             rows.append(json.loads(Path(file.name).read_text()))
             print({k: v for k, v in rows[-1].items() if k != "codes"}, flush=True)
     assert len({row.pop("codes") for row in rows}) == 1, "the codes differ"
-    run = dict(cores=os.cpu_count(), load=os.getloadavg()[0], samples=args.samples, blocks=args.blocks)
+    run = dict(cores=os.cpu_count(), load=load, samples=args.samples, blocks=args.blocks)
     RESULTS.write_text(json.dumps(dict(run=run, rows=rows), indent=1) + "\n")
 
 
