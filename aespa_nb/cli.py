@@ -41,7 +41,7 @@ from .data import calibration_windows, evaluation_windows, load_reference, share
 from .distributed import ALONE, Team, joined, speaks_first
 from .evaluate import evaluate_model
 from .export import FORMATS, Exported, check_format, export_model, read_quantized, snap_model
-from .journal import UNFINISHED, check_free, complete_folder
+from .journal import UNFINISHED, check_free, complete_folder, unfinished_config
 from .loading import load_model as load_checkpoint
 from .notation import AespaError
 from .plan import begun, plan_run, plan_text, run_trial, staged, try_out
@@ -326,13 +326,19 @@ def _help_along(args, team: Team) -> None:
     quantize_model(model, calib, config, team=team)
 
 
+def _usual_shares(args, team: Team) -> int | None:
+    "Those of the run that is gone on with; under torchrun enough for other numbers of processes too."
+    before = unfinished_config(args.out) if args.resume else {}
+    return before.get("shares") or (max(8, team.size) if "WORLD_SIZE" in os.environ else None)
+
+
 def _together(args) -> None:
     "`quantize` on every process. What all have to complain of is said once."
     with joined() as team:
         if team.size > 1:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as torchrun stops the others: cleaning up
-        if args.shares is None and "WORLD_SIZE" in os.environ:
-            args.shares = max(8, team.size)
+        if args.shares is None:
+            args.shares = _usual_shares(args, team)
         try:
             if not team.first(lambda: _nothing_to_do(args)):
                 _quantize(args, team) if team.rank == 0 else _help_along(args, team)
@@ -633,7 +639,7 @@ def _add_quantize(commands) -> None:
     _add_shared(p)
     p.add_argument("--resume", action="store_true", help="go on behind the last finished block of a stopped run")
     _add_format(p)
-    shares = "sum up the sequences in so many parts, for as many processes at most (default: 1; under torchrun: 8)"
+    shares = "parts in which sequences are summed, for as many processes (default: 1; torchrun: 8; --resume: as before)"
     p.add_argument("--shares", type=int, help=shares)
     p.set_defaults(run=_together)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNFINISHED', 'write_file', 'fingerprint', 'differences', 'Journal', 'locked', 'versions', 'open_journal',
-           'check_free', 'complete_folder']
+           'check_free', 'complete_folder', 'unfinished_config']
 
 # %% ../nbs/13f_journal.ipynb #c13f04
 import contextlib
@@ -274,3 +274,9 @@ def _no_room(error: BaseException) -> str | None:
     reason = getattr(error, "strerror", None) or str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     return reason if full or isinstance(error, SafetensorError) and "os error" in reason else None
+
+# %% ../nbs/13f_journal.ipynb #c13f57
+def unfinished_config(target: str | Path) -> dict:
+    "The settings of the unfinished run in an output folder; empty if there is none, or its record is damaged."
+    stored = _stored_header(Path(target).expanduser() / UNFINISHED / "journal/run.json", notes=[])
+    return stored["header"].get("config", {}) if stored else {}

@@ -1,5 +1,6 @@
 """The built site, opened in a browser as a reader would: from files, with the network off."""
 
+import os
 import re
 from functools import lru_cache
 from html.parser import HTMLParser
@@ -90,8 +91,9 @@ def visit(tab, page):
 
 
 def shoot(tab, page, suffix=""):
+    "A picture to look at: what is seen first, or with SHOTS=full in the environment the whole page (slow)."
     path = SHOTS / (page.removesuffix(".html").replace("/", "-") + suffix + ".png")
-    tab.screenshot(path=path, full_page=True)
+    tab.screenshot(path=path, full_page=os.environ.get("SHOTS") == "full")
 
 
 RAW_MATH = """() => {
