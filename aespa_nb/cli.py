@@ -326,12 +326,6 @@ def _help_along(args, team: Team) -> None:
     quantize_model(model, calib, config, team=team)
 
 
-def _usual_shares(args, team: Team) -> int | None:
-    "Those of the run that is gone on with; under torchrun enough for other numbers of processes too."
-    before = unfinished_config(args.out) if args.resume else {}
-    return before.get("shares") or (max(8, team.size) if "WORLD_SIZE" in os.environ else None)
-
-
 def _together(args) -> None:
     "`quantize` on every process. What all have to complain of is said once."
     with joined() as team:
@@ -346,6 +340,12 @@ def _together(args) -> None:
             if speaks_first(team):
                 raise
             sys.exit(2)
+
+# %% ../nbs/41_cli.ipynb #c41share
+def _usual_shares(args, team: Team) -> int | None:
+    "Those of the run that is gone on with; under torchrun enough for other numbers of processes too."
+    before = unfinished_config(args.out) if args.resume else {}
+    return before.get("shares") or (max(8, team.size) if "WORLD_SIZE" in os.environ else None)
 
 # %% ../nbs/41_cli.ipynb #c41team2
 def _arguments(argv) -> argparse.Namespace:
