@@ -6,11 +6,14 @@
 __all__ = ['COLOURS', 'use_style', 'plot_layers', 'plot_comparison']
 
 # %% ../nbs/40_plots.ipynb #398757bc
+from typing import TYPE_CHECKING
+
 import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from .aespa import QuantReport
+if TYPE_CHECKING:  # every chapter sets its style from here, and few of them need transformers
+    from aespa_nb.aespa import QuantReport
 
 # %% ../nbs/40_plots.ipynb #3b5d1e4e
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
@@ -42,7 +45,7 @@ def use_style() -> None:
         set_matplotlib_formats("svg")
 
 # %% ../nbs/40_plots.ipynb #405e1631
-def plot_layers(report: QuantReport) -> Figure:
+def plot_layers(report: "QuantReport") -> Figure:
     "Heat map, blocks by projections: each layer's loss divided by its loss under round-to-nearest."
     blocks, names, ratio = [], [], {}
     for name, r in report.layers.items():

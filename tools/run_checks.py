@@ -7,8 +7,8 @@ import sys
 import time
 
 PY = sys.executable
-TWO = ("-n", "2", "--dist", "worksteal")  # processes that share the tests
-BROWSER = ("tests/test_site.py", "tests/test_lab.py")
+TWO = ("-n", "2", "--dist", "loadgroup")  # processes that share the tests
+BROWSER = ("tests/test_lab.py", "tests/test_site.py")  # the longest first
 STEPS = (
     ("Library and README are in step with the notebooks", [PY, "tools/check_sync.py"]),
     ("Modules import only from below", [PY, "tools/check_ladder.py"]),
