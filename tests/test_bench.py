@@ -59,9 +59,6 @@ def quick(preset, **changes):
     return AespaConfig.preset(preset, **{"bits": 3, "iterations": 5, **changes})
 
 
-pytestmark = pytest.mark.xdist_group("bench")  # one worker: the runs are made once
-
-
 @pytest.fixture(scope="module")
 def reports():
     "A run of every preset on two tiny blocks and 4 x 32 tokens."

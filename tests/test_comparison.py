@@ -10,7 +10,6 @@ from aespa_nb.comparison import claim_folder, comparison_table, plan_runs, read_
 from aespa_nb.journal import fingerprint
 from aespa_nb.notation import AespaError
 
-pytestmark = pytest.mark.xdist_group("compare")  # one worker: what all look at is made once
 WORDS = "compare reference --samples 2 --eval-samples 2 --quiet --presets rtn gptq".split()
 
 

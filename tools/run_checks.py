@@ -7,17 +7,17 @@ import sys
 import time
 
 PY = sys.executable
-TWO = ("-n", "2", "--dist", "loadgroup")  # processes that share the tests
+TWO = ("-n", "2", "--dist")  # processes that share the tests: whole files, which have fixtures in common, or any
 BROWSER = ("tests/test_lab.py", "tests/test_site.py")  # the longest first
 STEPS = (
     ("Library and README are in step with the notebooks", [PY, "tools/check_sync.py"]),
     ("Modules import only from below", [PY, "tools/check_ladder.py"]),
     ("Ruff on library, notebooks and tools", [PY, "-m", "ruff", "check", "--quiet", "."]),
     ("Cells are short", [PY, "tools/cell_report.py"]),
-    ("Tests", [PY, "-m", "pytest", "tests", *TWO, *(f"--ignore={t}" for t in BROWSER)]),
+    ("Tests", [PY, "-m", "pytest", "tests", *TWO, "loadfile", *(f"--ignore={t}" for t in BROWSER)]),
     ("Notebooks run and give the stored outputs", [PY, "tools/run_nbs.py", "--check"]),
     ("The site builds without a warning", ["make", "--no-print-directory", "docs"]),
-    ("The site and JupyterLab in a browser", [PY, "-m", "pytest", *BROWSER, *TWO]),
+    ("The site and JupyterLab in a browser", [PY, "-m", "pytest", *BROWSER, *TWO, "worksteal"]),
 )
 ENV = dict(os.environ, PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
 
