@@ -1,6 +1,5 @@
 """Gauss-Newton statistics against derivatives, loops and a trained model."""
 
-import copy
 
 import pytest
 import torch
@@ -155,47 +154,3 @@ def test_errors_and_a_single_token():
         stats.add(X, seen.Q, seen.Q, seen.V, seen.A)
     with pytest.raises(NumericalError, match="NaN or Inf"):
         stats.add(X / 0, seen.Q, seen.K, seen.V, seen.A)
-
-
-@pytest.mark.slow
-def test_rounding_one_projection_costs_the_model_less():
-    "A lower KL than with the paper's and the layer-wise loss, on the bundled model."
-    from aespa_nb.capture import capturing, listening
-    from aespa_nb.data import load_reference
-    from aespa_nb.descent import descend
-    from aespa_nb.evaluate import evaluate_model
-    from aespa_nb.gptq import gptq
-    from aespa_nb.gridfit import fit_grid
-    from aespa_nb.precompute import AttentionStatistics, KroneckerLoss
-
-    full, _, calib, heldout = load_reference()
-    R, inputs, found = rope_matrices(*rope_cos_sin(256, 64, dtype=torch.float32)), {}, []
-    for layer in full.model.layers:
-        layer.self_attn.q_proj.register_forward_pre_hook(lambda m, args: inputs.update(X=args[0].mT))
-    stats = [(GaussNewtonStatistics(4, 2, 64, 256, R), AttentionStatistics(4, 2, 64, 256, R)) for _ in range(6)]
-
-    def heard(module, Q, K, V, A):
-        ours, paper = stats[module.layer_idx]
-        ours.add(inputs["X"], Q, K, V, A)
-        paper.add(inputs["X"], Q, K, A)
-
-    with torch.no_grad(), capturing(full), listening(heard):
-        for part in calib[:32].split(4):
-            full(part, use_cache=False)
-    for ours, paper in stats:
-        plain = dict.fromkeys("qk", KroneckerLoss(ours.gram.mean()))
-        found.append({"layer": plain, "paper": paper.losses(), "ours": ours.losses()})
-
-    def kl(name, role):
-        model = copy.deepcopy(full)
-        for layer, losses in zip(model.model.layers, found):
-            weight = getattr(layer.self_attn, f"{role}_proj").weight.data
-            loss = losses[name][role].damped()
-            U = loss.split(weight)
-            grid = fit_grid(U, loss.H, 2, n_clip=40)
-            result = descend(U, grid, loss.H, loss.G, start=gptq(U, loss.H, grid).W_int)
-            weight.copy_(result.grid.values(result.W_int).reshape(weight.shape))
-        return evaluate_model(model, heldout[:32], full).kl
-
-    for role in "qk":
-        assert kl("ours", role) < 0.95 * min(kl("paper", role), kl("layer", role)), role
