@@ -10,7 +10,7 @@ from aespa_nb.comparison import claim_folder, comparison_table, plan_runs, read_
 from aespa_nb.journal import fingerprint
 from aespa_nb.notation import AespaError
 
-WORDS = "compare reference --samples 2 --eval-samples 2 --quiet --presets rtn gptq".split()
+WORDS = "compare reference --samples 2 --eval-samples 2 --quiet --keep mlp=16 --presets rtn gptq".split()
 
 
 @pytest.fixture(scope="module")
