@@ -352,7 +352,9 @@ def _arguments(argv) -> argparse.Namespace:
     "What was asked for; of many processes the first explains the options."
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     with contextlib.redirect_stderr(sys.stderr if rank == 0 else io.StringIO()):
-        args = (parser := _parser()).parse_args(argv)
+        args, unknown = (parser := _parser()).parse_known_args(argv)
+        if unknown:
+            parser.error(f"{args.command} knows no {' '.join(unknown)}: see aespa_nb {args.command} --help")
         if size > 1 and args.command != "quantize":
             parser.error(f"{args.command} runs in one process: start it without torchrun")
     return args

@@ -184,7 +184,7 @@ def _claim(folder: Path, header: dict) -> Journal:
         return journal
     if lines := differences(stored["header"], header):
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise AespaError(f"{folder} holds another run: {lines[0]}{more}; choose another folder")
+        raise AespaError(f"{folder} holds another run: {lines[0]}{more}; ask for the same, or choose another folder")
     journal.notes += [f"resumed with other versions: {line}" for line in differences(stored["versions"], made_by)]
     return journal
 

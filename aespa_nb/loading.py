@@ -284,7 +284,8 @@ def load_model(
     except AespaError:
         raise
     except Exception as e:  # what transformers makes of a damaged folder can be anything
-        raise AespaError(f"{source!r} could not be loaded: {_reason(e)}") from e
+        where = "" if Path(path).is_dir() else " is no folder here, and"
+        raise AespaError(f"{source!r}{where} could not be loaded: {_reason(e)}") from e
     if info["missing_keys"]:
         lacking = min(info["missing_keys"])
         raise AespaError(f"{source!r} could not be loaded: it lacks {lacking}; is it a model of another kind?")

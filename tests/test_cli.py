@@ -67,6 +67,7 @@ USAGE = {
     "group": (["quantize", "reference", "--group-size", "7"], "does not divide"),
     "seqlen": (["quantize", "reference", "--seqlen", "100000"], "exceeds"),
     "model": (["quantize", "./not/there"], "no model folder"),
+    "name": (["quantize", "my_modle"], "is no folder here"),
     "text": (["quantize", "reference", "--calibration", "not-there.txt"], "no text at"),
     "samples": (["quantize", "reference", "--samples", "0"], "samples"),
     "compare": (["compare", "reference", "--bits", "2", "12", "--presets", "rtn"], "2 to 8"),
@@ -80,6 +81,12 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1 and printed.startswith("aespa_nb: error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_option_of_another_command_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "reference", "--reference", "reference", "--samples", "8"])
+    assert "eval knows no --samples 8: see aespa_nb eval --help" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
