@@ -1,6 +1,5 @@
 """Gauss-Newton statistics against derivatives, loops and a trained model."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings
