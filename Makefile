@@ -22,9 +22,9 @@ help:
 	@echo "  make train-reference  train the bundled model again (hours on a CPU)"
 	@echo "  make campaign         repeat the long measurements behind chapters 10 and 32 (hours on a CPU)"
 	@echo "  make comparison       run what is missing of chapter 30's comparison (a day on a CPU)"
-	@echo "  make faults           kill runs, fill disks (an hour; the disks need root), for chapter 51"
+	@echo "  make faults           kill runs, fill disks, damage files, for chapter 51 (an hour; the disks need root)"
+	@echo "  make hostile          of these, only damaged files and hostile input, 43 kinds (ten minutes)"
 	@echo "  make torture          round damaged models with every preset (half an hour on a CPU)"
-	@echo "  make hostile          damaged files and hostile input, 43 kinds (ten minutes)"
 	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"
 	@echo "  make plan-check       hold aespa_nb plan against real runs, for chapter 31b (twenty minutes on an idle CPU)"
 	@echo "  make constraints      pin the versions that are installed now"
@@ -73,6 +73,7 @@ faults: $(DEV)
 	$(PY) tools/faults.py kills --count 150
 	$(PY) tools/faults.py kills --count 60 --ranks 2
 	$(PY) tools/faults.py disk --count 30
+	$(MAKE) hostile
 
 torture: $(DEV)
 	OMP_NUM_THREADS=1 $(PY) tools/torture.py
