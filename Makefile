@@ -11,7 +11,7 @@ help:
 	@echo "  make demo             quantize the bundled model to 2 and 3 bits and compare the methods (into build/demo)"
 	@echo "  make lab              open the tour and the chapters in JupyterLab (as root: ARGS=--allow-root)"
 	@echo "  make docs             build the site (docs/_build/html/index.html)"
-	@echo "  make test             everything CI checks, under 20 minutes on 2 cores"
+	@echo "  make test             everything CI checks, some 20 minutes on 2 cores"
 	@echo
 	@echo "After an edit in nbs/:"
 	@echo "  make export           notebooks -> library and README"
