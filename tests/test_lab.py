@@ -1,4 +1,4 @@
-"""JupyterLab, driven as a reader would: it opens the tour, runs all cells, and a slider moves a figure."""
+"""JupyterLab, driven as a reader would: it opens the tour, runs its first half, and a slider moves a figure."""
 
 import importlib.util
 import json
@@ -63,9 +63,10 @@ def tab(browser):
 
 
 LOOKS = "e => e.src || e.outerHTML"
-DONE = """() => {
+HALF = "tour-aware"  # the text after the first model that calibration data helped to round
+DONE = """n => {
   const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);
-  return prompts.length && prompts.every(text => /\\[\\d+\\]/.test(text));
+  return prompts.length > n && prompts.slice(0, n).every(text => /\\[\\d+\\]/.test(text));
 }"""  # not [*], which waits or runs, and not [ ], which has not been run
 
 
@@ -73,12 +74,18 @@ def test_the_tour_runs_in_jupyterlab(tab, lab):
     tab.goto(f"{lab}lab/tree/{TOUR}?reset")
     tab.wait_for_selector(".jp-Notebook .jp-CodeCell")
     tab.wait_for_selector("#jp-main-statusbar >> text=| Idle")  # earlier, JupyterLab would ask for a kernel
+    cells = nbformat.read(ROOT / "nbs" / TOUR, 4).cells
+    half = [c.id for c in cells].index(HALF)
+    tab.click(f"h2:has-text('{cells[half].source.splitlines()[0].strip('# ')}')")
     tab.click(".lm-MenuBar-item:has-text('Run')")
-    tab.click(".lm-Menu-item[data-command='runmenu:run-all']")
-    tab.wait_for_function(DONE)
+    tab.click(".lm-Menu-item[data-command='notebook:run-all-above']")
+    run = [c for c in cells[:half] if c.cell_type == "code"]
+    tab.wait_for_function(DONE, arg=len(run))
     assert tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
-    stored = [c.outputs[-1] for c in nbformat.read(ROOT / "nbs" / TOUR, 4).cells if c.get("outputs")][-1]
-    assert tab.locator(".jp-OutputArea-output").last.inner_text().split() == stored.text.split()
+    measured = [c.id for c in run].index("tour-measure")  # to the nearest values, which are the same on all machines
+    shown = tab.locator(".jp-CodeCell").nth(measured).locator(".jp-OutputArea-output").last.inner_text()
+    assert shown.split() == run[measured].outputs[-1].text.split()
+    assert tab.locator(".jp-OutputArea-output").last.inner_text().startswith("GPTQ")
     figure = tab.locator(".jp-OutputArea-output :is(img, svg)").first
     assert figure.bounding_box()["height"] > 100
     move_a_slider(tab)

@@ -50,13 +50,13 @@ def test_tokens_by_name(reference):
 
 
 def test_methods_rank_as_the_book_says(reference):
-    "On one block, at 3 bits (2 are in chapter 14): in KL learned rounding beats GPTQ, and that round-to-nearest."
+    "On one block, at 3 bits (2 are in chapter 14): in KL `best` beats GPTQ, and that round-to-nearest."
     model, _, calib, heldout = reference
     full = copy.deepcopy(model)
     full.model.layers = full.model.layers[:1]
     kl = {}
-    for preset in ("rtn", "gptq", "adaround", "aespa"):
+    for preset in ("rtn", "gptq", "best"):
         rounded = copy.deepcopy(full)
-        quantize_model(rounded, calib, AespaConfig.preset(preset, bits=3, samples=16, iterations=400))
+        quantize_model(rounded, calib, AespaConfig.preset(preset, bits=3, samples=16))
         kl[preset] = evaluate_model(rounded, heldout[:16], full).kl
-    assert max(kl["aespa"], kl["adaround"]) < kl["gptq"] < kl["rtn"], kl
+    assert 1.2 * kl["best"] < kl["gptq"] < kl["rtn"], kl
