@@ -40,13 +40,27 @@ from .comparison import Run, compare, comparison_table, drawing, machine, plan_r
 from .data import calibration_windows, evaluation_windows, load_reference, shared_warning
 from .distributed import ALONE, Team, joined, speaks_first
 from .evaluate import evaluate_model
-from .export import FORMATS, Exported, check_format, export_model, read_quantized, snap_model
+from .export import FORMATS, Exported, _export_into, check_format, export_model, read_quantized, snap_model
 from .journal import UNFINISHED, check_free, complete_folder, unfinished_config
 from .loading import load_model as load_checkpoint
 from .notation import AespaError
 from .plan import begun, plan_run, plan_text, run_trial, staged, try_out
 from .plots import plot_comparison, plot_layers, use_style
 from .tasks import run_tasks
+
+# %% ../nbs/41_cli.ipynb #c41gptq0
+def _holds_our_gptq(source: str) -> bool:
+    "Is this a folder that we wrote, in the form that transformers reads only with other packages?"
+    path = Path(source).expanduser() / "quantization.json"
+    return path.is_file() and '"format": "gptq"' in path.read_text(errors="replace")
+
+
+def _stored_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    "The tokenizer of a folder that we wrote, if it has one."
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception:  # none, or a damaged one, which fails in many ways
+        return None
 
 # %% ../nbs/41_cli.ipynb #10ca543f
 def load_model(
@@ -57,6 +71,9 @@ def load_model(
     "A causal language model whose weights stay in their files, and its tokenizer if it has one."
     if source == "reference":
         return load_reference(dtype or torch.float32)[:2]
+    if _holds_our_gptq(source):
+        model = read_quantized(folder := Path(source).expanduser()).model
+        return model.to(dtype or model.dtype), _stored_tokenizer(folder)
     return load_checkpoint(source, dtype, trust_remote_code)
 
 # %% ../nbs/41_cli.ipynb #c41load0
@@ -88,10 +105,10 @@ def _save(folder: Path, model, report, tokenizer, args, rows: list[dict]) -> Exp
     facts |= {"KL to the full model, nats per token": rows[-1]["kl"], "top-1 agreement": rows[-1]["top1"]}
     options = dict(tokenizer=tokenizer, facts=facts, dtype=_file_dtype(args, report.config.bits))
     try:
-        return export_model(model, report, folder, args.format, **options)
+        return _export_into(folder, model, report, args.format, **options)
     except AespaError as e:
         print(f"aespa_nb: {e}; written as dense", file=sys.stderr)
-        return export_model(model, report, folder, "dense", **options)
+        return _export_into(folder, model, report, "dense", **options)
 
 # %% ../nbs/41_cli.ipynb #5cc78490
 def compare_presets(
@@ -481,12 +498,7 @@ def _export(args) -> None:
     "`aespa_nb export`"
     check_free(args.out)
     model, report, facts = read_quantized(args.folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=False, local_files_only=True)
-    except Exception:  # a damaged one fails in many ways
-        tokenizer = None
-    with complete_folder(args.out) as out:
-        done = export_model(model, report, out, args.format, tokenizer, facts)
+    done = export_model(model, report, args.out, args.format, _stored_tokenizer(args.folder), facts)
     print(f"{_size(done)}written to {args.out}")
 
 # %% ../nbs/41_cli.ipynb #c41bench

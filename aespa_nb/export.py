@@ -31,6 +31,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from .aespa import AespaConfig, LayerResult, QuantReport, report_json
 from .capture import zeta_groups
 from .grid import Grid, check_bits
+from .journal import complete_folder
 from .loading import _check_files, _check_sizes, _shards
 from .notation import AespaError
 
@@ -314,6 +315,19 @@ def _packable(model: PreTrainedModel, report: QuantReport, form: str) -> dict[st
         raise AespaError(f"no layer of this model can be packed as {form}: export as dense")
     return layers
 
+# %% ../nbs/15_export.ipynb #c15desc1
+def _check_config(model: PreTrainedModel) -> None:
+    "Raises `AespaError` if `model.config` describes another model."
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        told = type(model)._from_config(copy.deepcopy(model.config)).state_dict()
+    told, ours = ({n: t.shape for n, t in state.items()} for state in (told, model.state_dict()))
+    other = sorted(n for n in told.keys() | ours.keys() if told.get(n) != ours.get(n))
+    if other:
+        raise AespaError(
+            f"model.config describes another model ({len(other)} tensors differ, such as {other[0]}): "
+            "make it say what the model has, for example num_hidden_layers"
+        )
+
 # %% ../nbs/15_export.ipynb #b4d0cf9b
 @dataclass
 class Exported:
@@ -445,6 +459,7 @@ def _card(kind: str, report: QuantReport, done: Exported, facts: dict) -> str:
 def _prepare(model, report, form, dtype) -> tuple[dict[str, LayerResult], dict | None, float]:
     "Folds and snaps; the layers to pack, the config, and the largest change of a step."
     check_format(form)
+    _check_config(model)
     _check_dtype(report, dtype)
     layers, config = {}, None
     if form != "dense":
@@ -468,23 +483,29 @@ def _write(folder, model, report, tokenizer, state, config, done, facts) -> None
     (folder / "README.md").write_text(_card(type(model).__name__, report, done, facts))
 
 # %% ../nbs/15_export.ipynb #576fdc8e
+def _export_into(folder, model, report, form, tokenizer, facts, dtype) -> Exported:
+    "Writes into a folder that nobody reads yet."
+    layers, config, change = _prepare(model, report, form, dtype)
+    packed, rest = _packed(layers, form, _symmetric(report), dtype), _rest(model, layers, dtype)
+    weights, dense = sum(r.weight.numel() for r in layers.values()), [n for n in report.layers if n not in layers]
+    done = Exported(form, dtype, _sizes(packed, rest), weights, dense, change)
+    _write(Path(folder), model, report, tokenizer, {**rest, **packed}, config, done, facts or {})
+    return done
+
+# %% ../nbs/15_export.ipynb #c15expo
 def export_model(
     model: PreTrainedModel,  # rounded by `quantize_model`; afterwards it is what the folder holds
     report: QuantReport,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike,  # must not exist, or be empty
     format: str = "compressed-tensors",  # or "gptq" (version 2), or "dense"
     tokenizer: PreTrainedTokenizerBase | None = None,
     facts: dict | None = None,  # for the model card: "base model", "calibration", "perplexity", ...
     dtype: torch.dtype | None = None,  # of all that isn't packed, steps included; None: the model's
 ) -> Exported:
-    "Writes a checkpoint that stock tools load. Raises `AespaError`, and changes nothing, if the format cannot hold it."
-    dtype = dtype or model.dtype
-    layers, config, change = _prepare(model, report, format, dtype)
-    packed, rest = _packed(layers, format, _symmetric(report), dtype), _rest(model, layers, dtype)
-    weights, dense = sum(r.weight.numel() for r in layers.values()), [n for n in report.layers if n not in layers]
-    done = Exported(format, dtype, _sizes(packed, rest), weights, dense, change)
-    _write(Path(folder), model, report, tokenizer, {**rest, **packed}, config, done, facts or {})
-    return done
+    """Writes a checkpoint that stock tools load. Raises `AespaError`, and changes nothing, if the format cannot hold it,
+    `model.config` describes another model, or the folder holds something."""
+    with complete_folder(folder) as out:
+        return _export_into(out, model, report, format, tokenizer, facts, dtype or model.dtype)
 
 # %% ../nbs/15_export.ipynb #15a7bc2a
 def _tensors(folder: Path) -> dict[str, Tensor]:
