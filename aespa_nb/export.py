@@ -502,7 +502,7 @@ def export_model(
     facts: dict | None = None,  # for the model card: "base model", "calibration", "perplexity", ...
     dtype: torch.dtype | None = None,  # of all that isn't packed, steps included; None: the model's
 ) -> Exported:
-    """Writes a checkpoint that stock tools load. Raises `AespaError`, and changes nothing, if the format cannot hold it,
+    """Writes a checkpoint that stock tools load. Raises `AespaError`, and changes nothing, if the format can't hold it,
     `model.config` describes another model, or the folder holds something."""
     with complete_folder(folder) as out:
         return _export_into(out, model, report, format, tokenizer, facts, dtype or model.dtype)
