@@ -40,7 +40,7 @@ from .comparison import Run, compare, comparison_table, drawing, machine, plan_r
 from .data import calibration_windows, evaluation_windows, load_reference, shared_warning
 from .distributed import ALONE, Team, joined, speaks_first
 from .evaluate import evaluate_model
-from .export import FORMATS, Exported, _export_into, check_format, export_model, read_quantized, snap_model
+from .export import FORMATS, Exported, check_format, export_model, read_quantized, snap_model, write_checkpoint
 from .journal import UNFINISHED, check_free, complete_folder, unfinished_config
 from .loading import load_model as load_checkpoint
 from .notation import AespaError
@@ -105,10 +105,10 @@ def _save(folder: Path, model, report, tokenizer, args, rows: list[dict]) -> Exp
     facts |= {"KL to the full model, nats per token": rows[-1]["kl"], "top-1 agreement": rows[-1]["top1"]}
     options = dict(tokenizer=tokenizer, facts=facts, dtype=_file_dtype(args, report.config.bits))
     try:
-        return _export_into(folder, model, report, args.format, **options)
+        return write_checkpoint(folder, model, report, args.format, **options)
     except AespaError as e:
         print(f"aespa_nb: {e}; written as dense", file=sys.stderr)
-        return _export_into(folder, model, report, "dense", **options)
+        return write_checkpoint(folder, model, report, "dense", **options)
 
 # %% ../nbs/41_cli.ipynb #5cc78490
 def compare_presets(
@@ -754,6 +754,7 @@ def _check_numbers(args) -> None:
 def main(argv: list[str] | None = None) -> int:
     "Entry point. Exit code 0, or 2 with one line on standard error when the input cannot work."
     args = _arguments(argv)
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # products have the same bits on any number of threads
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     matplotlib.use("Agg")

@@ -606,7 +606,7 @@ def _improve(p, s, P, losses, move, times, refit):
         if refit:
             new, slope = _refit(p, new, slope)
         loss, old = _loss(p, new, slope), s.C
-        better = loss < losses[-1]
+        better = loss.abs() < losses[-1]  # no loss is negative: what is below zero has only lost its digits
         *state, P = _keep_lower((*s, P), (*new, slope), better)
         s = _State(*state)
         losses.append(torch.where(better, loss, losses[-1]))

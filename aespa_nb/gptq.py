@@ -26,7 +26,7 @@ def inverse_factor(
     L = (H.flip(-1, -2) if reverse else H).mT  # symmetric; LAPACK works in place on columns
     if not L.sum().isfinite():
         raise NumericalError("H has NaN or Inf: check the activations")
-    with one_thread():  # the only step whose bits would depend on the number of threads
+    with one_thread():  # else its bits would depend on the number of threads
         _, info = torch.linalg.cholesky_ex(L, out=(L, L.new_empty(L.shape[:-2], dtype=torch.int32)))
     if (info > 0).any():
         raise NumericalError("H is not positive definite: raise the damping, or give more calibration tokens")

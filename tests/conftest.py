@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the tests' tensors are small
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before the first product, as the command line does
 os.environ.setdefault("MPLBACKEND", "agg")
 
 

@@ -16,7 +16,7 @@ from aespa_nb.attention import Rotations
 from aespa_nb.bench import random_tokens
 from aespa_nb.capture import BlockStream, capturing
 from aespa_nb.cli import main
-from aespa_nb.export import export_model
+from aespa_nb.export import export_model, write_checkpoint
 from aespa_nb.gaussnewton import GaussNewtonStatistics, out_of_memory
 from aespa_nb.loading import block_need, explaining_memory, load_model
 from aespa_nb.notation import UnsupportedModelError
@@ -68,7 +68,7 @@ def tried(folder, preset):
     fresh = lambda: load_model(str(folder))[0]
     model = fresh()
     calib, heldout, config = options(model, preset)
-    save = lambda m, report, out, scores: export_model(m, report, out, "gptq", dtype=torch.float16)
+    save = lambda m, report, out, scores: write_checkpoint(out, m, report, "gptq", dtype=torch.float16)
     return run_trial(model, fresh, calib, heldout, config, save, torch.float16), calib, config
 
 

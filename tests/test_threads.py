@@ -1,10 +1,12 @@
 """The same bits on any number of threads."""
 
 import copy
+import os
 
 import pytest
 import torch
 from aespa_nb import AespaConfig, quantize_model
+from aespa_nb.cli import main
 from aespa_nb.data import load_reference
 
 
@@ -30,3 +32,19 @@ def test_codes_do_not_depend_on_the_number_of_threads(preset, threads):
     steps = torch.cat([r.grid.step.flatten() for r in report.layers.values()])
     first = RESULTS.setdefault(preset, (codes, steps))
     assert torch.equal(codes, first[0]) and torch.equal(steps, first[1])
+
+
+def test_long_sums_in_products(threads):
+    "MKL would cut them between threads, had it not been told (conftest.py)."
+    X = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
+    first = RESULTS.setdefault("product", X @ X.mT)
+    assert torch.equal(X @ X.mT, first)
+
+
+def test_the_command_line_asks_for_such_products(monkeypatch):
+    monkeypatch.delenv("MKL_CBWR")
+    assert main(["eval", "/nowhere"]) == 2
+    assert os.environ["MKL_CBWR"] == "AUTO,STRICT"
+    monkeypatch.setenv("MKL_CBWR", "AVX2")  # who asks for something else gets it
+    main(["eval", "/nowhere"])
+    assert os.environ["MKL_CBWR"] == "AVX2"
