@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SOLVERS', 'PRESETS', 'RunConfig', 'AespaConfig', 'bits_of', 'LayerResult', 'round_layer', 'QuantReport',
-           'report_rows', 'report_json', 'check_model', 'check_team', 'quantize_model']
+           'report_rows', 'config_fields', 'report_json', 'check_model', 'check_team', 'quantize_model']
 
 # %% ../nbs/14_aespa.ipynb #99f969c4
 import contextlib
@@ -527,10 +527,23 @@ def _put_nearest(block, nearest, kept) -> dict[str, Rounded]:
     return {name: Rounded(grid, W_hat.new_ones(W_hat.shape[1])) for name, (grid, W_hat) in nearest.items()}
 
 # %% ../nbs/14_aespa.ipynb #c14whol3
-def _whole(model, block, bits, stream, target, config, announce) -> dict[str, Rounded]:
-    "What the configured method makes of the block."
+def _whole(model, block, bits, stream, target, config, announce, notes) -> tuple[dict[str, Rounded], float]:
+    "What the configured method makes of the block, and the error that it leaves: NaN where it fails, with a note."
     given = {k: getattr(config, k) for k in ("group_size", "symmetric", "iterations", "lr", "seed")}
-    return METHODS[config.method](BlockTask(model, block, bits, stream, target, announce=announce, **given))
+    try:
+        task = BlockTask(model, block, bits, stream, target, announce=announce, **given)
+        rounded = METHODS[config.method](task) if bits else {}
+        _check_weights(block, bits, model.dtype)
+        return rounded, block_error(block, stream, target)
+    except (NumericalError, torch.linalg.LinAlgError) as e:
+        notes.append(f"{config.method} failed ({' '.join(str(e).split())}): rounded to nearest")
+        return {}, math.nan
+
+
+def _check_weights(block, names, dtype) -> None:
+    "Raises `NumericalError` if a linear has become more than the model can hold."
+    for name in names:
+        _check_fits(block.get_submodule(name).weight, dtype, name)
 
 # %% ../nbs/14_aespa.ipynb #c14whol2
 def _quantize_whole(model, block, streams, config, announce, prefix) -> tuple[dict[str, LayerResult], int, list[str]]:
@@ -542,11 +555,12 @@ def _quantize_whole(model, block, streams, config, announce, prefix) -> tuple[di
     nearest = _nearest(block, bits, config, prefix)
     kept = {n: p.clone() for n, p in block.named_parameters() if n.removesuffix(".weight") not in bits}
     rtn = block_error(block, stream, full.hidden, {f"{n}.weight": W_hat for n, (_, W_hat) in nearest.items()})
-    rounded = _whole(model, block, bits, stream, full.hidden, config, announce) if bits else {}
-    error = block_error(block, stream, full.hidden)
-    if not error <= rtn:
+    rounded, error = _whole(model, block, bits, stream, full.hidden, config, announce, notes)
+    if error > rtn:
         notes.append(f"{config.method} left {error:.3g} of the output, round-to-nearest {rtn:.3g}: that is kept")
+    if not error <= rtn:
         rounded, error = _put_nearest(block, nearest, kept), rtn
+        _check_weights(block, bits, model.dtype)
     cpu, seconds = lambda g: replace(g, step=g.step.cpu(), zero=g.zero.cpu()), time.perf_counter() - start
     store = lambda n, r: LayerResult(cpu(r.grid), r.zeta.cpu(), block, n, rtn, error, seconds / len(bits))
     return {n: store(n, r) for n, r in rounded.items()}, 0, notes
@@ -638,15 +652,20 @@ def report_rows(report: QuantReport) -> list[dict]:
         for name, r in report.layers.items()
     ]
 
+# %% ../nbs/14_aespa.ipynb #c14fields
+def config_fields(config: AespaConfig) -> dict:
+    "All fields, as JSON can hold them."
+    return {k: str(v) if isinstance(v, torch.dtype) else v for k, v in asdict(config).items()}
+
 
 def report_json(report: QuantReport) -> str:
     "The report without tensors, as JSON."
-    config = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in asdict(report.config).items()}
     totals = {
         k: getattr(report, k)
         for k in ("seconds", "peak_bytes", "budget_bytes", "block_bytes", "statistics_bytes", "bits_per_weight")
     }
-    return json.dumps({"config": config, **totals, "notes": report.notes, "layers": report_rows(report)}, indent=1)
+    more = dict(notes=report.notes, layers=report_rows(report))
+    return json.dumps(dict(config=config_fields(report.config), **totals, **more), indent=1)
 
 # %% ../nbs/14_aespa.ipynb #45465794
 def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], config: AespaConfig) -> None:
@@ -725,6 +744,15 @@ def check_team(
         raise AespaError(f"process {local} of this machine has no GPU of its own ({gpus} here): start one for each GPU")
     return shares
 
+# %% ../nbs/14_aespa.ipynb #c14alike
+def _meet(model, team) -> None:
+    "Waits for the first process. Raises `AespaError` if this one has another model, by the head of each weight."
+    team.meet()
+    if team.size > 1:
+        mine = fingerprint(p.detach().flatten()[:64] for p in model.parameters())
+        if team.first(lambda: mine) != mine:
+            raise AespaError(f"process {team.rank} has other weights than the first: give all of them the same files")
+
 # %% ../nbs/14_aespa.ipynb #edb883c4
 @torch.no_grad()
 def quantize_model(
@@ -740,18 +768,23 @@ def quantize_model(
     inputs = _draw(tokens, config)
     some, device = next(iter(inputs.values())), torch.device(config.device or model.device)
     shares = check_team(team, config, len(some))
+    _meet(model, team)
     enough = explaining_memory(model, some.shape[1], device, config.objective, config.batch_size, config.dtype)
     report, start = QuantReport(config), time.perf_counter()
-    total = sum(len(linears_of(b)) for path in stacks_of(model) for b in model.get_submodule(path))
     _warm_up(config.solver)
     book = _opened(journal if team.rank == 0 else None, model, inputs, report)
     with enough, book as book, _measuring_memory(report, device), _evaluating(model), capturing(model):
-        with _progress(total, progress) as bar:
+        with _progress(_linears(model), progress) as bar:
             _quantize_blocks(model, inputs, shares, device, report, bar, book)
     report.seconds = time.perf_counter() - start
     return report
 
 # %% ../nbs/14_aespa.ipynb #c14open
+def _linears(model) -> int:
+    "How many there are in all blocks."
+    return sum(len(linears_of(b)) for path in stacks_of(model) for b in model.get_submodule(path))
+
+
 @contextlib.contextmanager
 def _opened(folder: str | Path | None, model, inputs, report) -> Iterator[Journal | None]:
     "The journal in `folder`, if there is to be one; what it noticed goes into the report."
@@ -875,6 +908,5 @@ def _identity(model: PreTrainedModel, inputs: dict[str, Tensor], config: AespaCo
     settings = json.loads(model.config.to_json_string())
     for key in ("_name_or_path", "transformers_version"):
         settings.pop(key, None)
-    fields = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in asdict(config).items()}
     tokens = {k: fingerprint([v]) for k, v in inputs.items()}
-    return dict(config=fields, calibration=tokens, weights=weights, model=settings)
+    return dict(config=config_fields(config), calibration=tokens, weights=weights, model=settings)

@@ -14,6 +14,7 @@ import html
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -33,7 +34,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .aespa import PRESETS, AespaConfig, QuantReport, check_model, check_team, quantize_model
+# %% ../nbs/41_cli.ipynb #c41imp2
+from .aespa import PRESETS, AespaConfig, QuantReport, check_model, check_team, config_fields, quantize_model
 from .bench import bench, bench_summary, random_tokens, shape_config, shape_model
 from .bits import CHOICES, auto_bits, bits_text, check_budget
 from .comparison import Run, compare, comparison_table, drawing, machine, plan_runs, read_records, spread
@@ -41,7 +43,8 @@ from .data import calibration_windows, evaluation_windows, load_reference, share
 from .distributed import ALONE, Team, joined, speaks_first
 from .evaluate import evaluate_model
 from .export import FORMATS, Exported, check_format, export_model, read_quantized, snap_model, write_checkpoint
-from .journal import UNFINISHED, check_free, complete_folder, unfinished_config
+from .gaussnewton import out_of_memory
+from .journal import FINISHED, UNFINISHED, check_free, complete_folder, differences, unfinished_config
 from .loading import load_model as load_checkpoint
 from .notation import AespaError
 from .plan import begun, plan_run, plan_text, run_trial, staged, try_out
@@ -51,8 +54,9 @@ from .tasks import run_tasks
 # %% ../nbs/41_cli.ipynb #c41gptq0
 def _holds_our_gptq(source: str) -> bool:
     "Is this a folder that we wrote, in the form that transformers reads only with other packages?"
-    path = Path(source).expanduser() / "quantization.json"
-    return path.is_file() and '"format": "gptq"' in path.read_text(errors="replace")
+    config = Path(source).expanduser() / "config.json"
+    small = config.with_name("quantization.json").is_file() and config.is_file() and config.stat().st_size < 2**24
+    return small and '"quant_method": "gptq"' in config.read_text(errors="replace")
 
 
 def _stored_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
@@ -296,11 +300,15 @@ def _run_presets(args, model, tokenizer, keep=None) -> None:
     console.print(f"written to {args.out}: report.html, comparison.svg, results.json{more}")
 
 # %% ../nbs/41_cli.ipynb #c41runs
+def _options(args) -> dict:
+    "What was asked for."
+    return {k: v for k, v in vars(args).items() if k not in ("command", "run") and not callable(v)}
+
+
 def _run(args, runs) -> dict:
     "How the numbers came about: options, the fields that differ from the defaults, machine."
-    options = {k: v for k, v in vars(args).items() if k not in ("command", "run") and not callable(v)}
     changed = [{f.name: str(getattr(c, f.name)) for f in fields(c) if getattr(c, f.name) != f.default} for c in runs]
-    return {"options": options, "configurations": changed, "machine": machine()}
+    return {"options": _options(args), "configurations": changed, "machine": machine()}
 
 # %% ../nbs/41_cli.ipynb #c41wrun
 def _write_run(args, folder, tokenizer, config, model, report, rows) -> Exported:
@@ -323,8 +331,9 @@ def _quantize(args, team: Team = ALONE) -> None:
     config = _config(args, args.preset, args.bits, model, calib)
     check_model(model, calib, config)  # before the full model is measured, which takes longer
     check_team(team, config, len(calib))
+    team.meet()
     team.broadcast((calib, config))
-    with complete_folder(args.out, args.resume) as out:
+    with complete_folder(args.out, args.resume, config_fields(config)) as out:
         dtype, fresh = _file_dtype(args, args.bits), lambda: _load(args, args.model)[0]
         options = dict(team=team, progress=not args.quiet, dtype=dtype, fresh=fresh, journal=out.parent / "journal")
         full, last = compare_presets(model, calib, heldout, [config], [args.preset], **options)
@@ -339,6 +348,7 @@ def _quantize(args, team: Team = ALONE) -> None:
 def _help_along(args, team: Team) -> None:
     "What the other processes of a team do: round with the first, which shows and writes."
     model, _ = _load(args, args.model)
+    team.meet()
     calib, config = team.broadcast()
     quantize_model(model, calib, config, team=team)
 
@@ -384,11 +394,26 @@ def _is_complete(folder: str | Path) -> bool:
 
 
 def _nothing_to_do(args) -> bool:
-    "Whether --resume finds a run that has ended; says so."
-    complete = args.resume and _is_complete(args.out)
-    if complete:
-        print(f"{args.out} is complete: nothing to do")
-    return complete
+    "Whether --resume finds the run that was asked for, and it has ended; says so. Raises `AespaError` for another run."
+    if not (args.resume and _is_complete(args.out)):
+        return False
+    folder = Path(args.out).expanduser()
+    _check_same_options(folder, json.loads(json.dumps(_options(args))))
+    shutil.rmtree(folder / FINISHED, ignore_errors=True)  # what a process that was killed at the very end has left
+    print(f"{args.out} is complete: nothing to do")
+    return True
+
+# %% ../nbs/41_cli.ipynb #c41same
+def _check_same_options(folder: Path, options: dict) -> None:
+    "Raises `AespaError` unless the run that has ended in the folder had these options."
+    try:
+        before = dict(json.loads((folder / "results.json").read_bytes())["run"]["options"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise AespaError(f"{folder}/results.json is damaged: choose another folder") from None
+    anyway = ("out", "resume", "quiet", "shares", "text")  # may be others, or are found out by the run
+    lines = differences(*({k: v for k, v in o.items() if k not in anyway} for o in (before, options)), "--")
+    if lines:
+        raise AespaError(f"{folder} holds the result of another run: {lines[0]}; choose another folder")
 
 
 def _farewell(args) -> str:
@@ -750,6 +775,23 @@ def _check_numbers(args) -> None:
             if isinstance(number, int) and abs(number) >= 2**31:
                 raise AespaError(f"--{name.replace('_', '-')} {number} is out of range")
 
+# %% ../nbs/41_cli.ipynb #c41device
+def _check_device(name: str | None) -> None:
+    "Raises `AespaError` for a device that can't compute here."
+    try:
+        if name is not None and torch.ones(1, device=name).sum().item() != 1:
+            raise AespaError(f"--device {name}: it computes nonsense")
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise AespaError(f"--device {name} can't be used here ({reason}): take cpu, or see nvidia-smi") from e
+
+
+def _one_line(error: Exception) -> str:
+    "What went wrong, and what to do about a lack of memory."
+    said = " ".join(str(error).split()) or type(error).__name__
+    memory = out_of_memory(error) and not isinstance(error, AespaError)
+    return f"{said}: take shorter windows (--seqlen), and see aespa_nb plan" if memory else said
+
 # %% ../nbs/41_cli.ipynb #b301acfc
 def main(argv: list[str] | None = None) -> int:
     "Entry point. Exit code 0, or 2 with one line on standard error when the input cannot work."
@@ -761,9 +803,12 @@ def main(argv: list[str] | None = None) -> int:
     use_style()
     try:
         _check_numbers(args)
+        _check_device(getattr(args, "device", None))
         args.run(args)
-    except (AespaError, OSError, MemoryError) as e:
-        print(f"aespa_nb: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
+    except (AespaError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not out_of_memory(e):
+            raise
+        print(f"aespa_nb: error: {_one_line(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"aespa_nb: stopped; {_farewell(args)}", file=sys.stderr)

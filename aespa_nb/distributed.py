@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -76,6 +77,26 @@ def _broadcast(team, value, source):
                 dist.broadcast(t.reshape(-1).view(torch.uint8), source)
     return value
 
+# %% ../nbs/16_scale.ipynb #c16meet
+def _meet(team, place: str) -> None:
+    "Waits until the first process has opened the `place` in the store."
+    if team.store is None:
+        return
+    with _talking():
+        if team.rank == 0:
+            team.store.set(place, "open")
+        while not team.store.check([place]):
+            time.sleep(0.1)
+
+
+def _share_out(costs, size) -> dict[str, int]:
+    "The costliest task first, each to whoever has least to do."
+    owner, load = {}, [0.0] * size
+    for name in sorted(costs, key=costs.get, reverse=True):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += costs[name]
+    return {name: owner[name] for name in costs}
+
 # %% ../nbs/16_scale.ipynb #c16team
 @dataclass(frozen=True)
 class Team:
@@ -84,18 +105,19 @@ class Team:
     rank: int = 0  # of this process
     size: int = 1
     store: object = field(default=None, repr=False)  # where all can leave a word
+    meetings: Iterator = field(default_factory=itertools.count, repr=False, compare=False)  # so far
 
     def share_out(self, costs: dict[str, float]) -> dict[str, int]:
         "Who does which task: the costliest first, each to whoever has least to do."
-        owner, load = {}, [0.0] * self.size
-        for name in sorted(costs, key=costs.get, reverse=True):
-            owner[name] = load.index(min(load))
-            load[owner[name]] += costs[name]
-        return {name: owner[name] for name in costs}
+        return _share_out(costs, self.size)
 
     def broadcast(self, value=None, source: int = 0):
         "`value` of the process `source`, on every process."
         return value if self.size == 1 else _broadcast(self, value, source)
+
+    def meet(self) -> None:
+        "Waits for the first process, for as long as it lives: it may have long work of its own before."
+        _meet(self, f"meeting {next(self.meetings)}")
 
     def first(self, make: Callable):
         "What `make` gives on the first process, on every process."
@@ -217,9 +239,12 @@ class ShareSum(_Total):
     def _share_done(self, share) -> None:
         self.wait()
         sums, more, size = _Sums(self.statistics), share != self.shares.mine[-1], self.team.size
+        receive = lambda i, piece: piece.add_(_receive(self, i, piece, (share - 1) % size)) if share > 0 else piece
+        if size == 2:  # one channel for both directions: first all of one, then all of the other
+            [receive(i, piece) for i, piece in enumerate(sums.pieces)]
         for i, piece in enumerate(sums.pieces):
-            if share > 0:
-                piece += _receive(self, i, piece, (share - 1) % size)
+            if size != 2:
+                receive(i, piece)
             if share + 1 < self.shares.count:
                 _pass_on(self, i, piece, (share + 1) % size, more)
             if more:

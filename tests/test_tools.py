@@ -172,6 +172,36 @@ def test_outputs_are_compared_up_to_rounding(tool, old, new, svg, verdict):
     assert tool("run_nbs").same(old, new, svg) == verdict
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "svg", "verdict"),
+    [
+        ("KL 0.286", "KL 0.275", False, "close"),
+        ("KL 0.286", "KL 0.386", False, "different"),
+        ("KL 0.286", "gain 0.286", False, "different"),
+        ("2 bits", "3 bits", False, "different"),
+        ("<path d='M 1.0'/>", "<path d='M 4.0 2.0'/>", True, "close"),
+    ],
+)
+def test_outputs_of_another_processor_are_alike(tool, old, new, svg, verdict):
+    run_nbs = tool("run_nbs")
+    assert run_nbs.same(old, new, svg, run_nbs.alike) == verdict
+
+
+def with_outputs(made_by, *outputs):
+    nb = notebook("print(loss)", "#| varies\nprint(text)")
+    nb.metadata.arithmetic = made_by
+    for cell, text in zip(nb.cells, outputs):
+        cell.outputs = [new_output("stream", name="stdout", text=text)]
+    return nb
+
+
+def test_only_another_processor_may_have_other_outputs(tool):
+    compare, stored = tool("run_nbs").compare, with_outputs("a", "loss 0.20", "one text")
+    assert compare(stored, with_outputs("b", "loss 0.21", "other words")) == ([], 2)
+    assert len(compare(stored, with_outputs("a", "loss 0.22", "other words"))[0]) == 2
+    assert len(compare(stored, with_outputs("b", "gain 0.20", "one text"))[0]) == 1
+
+
 def run_nbs(folder, *args):
     command = [sys.executable, ROOT / "tools/run_nbs.py", *args]
     return subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
