@@ -745,8 +745,9 @@ def check_team(
     return shares
 
 # %% ../nbs/14_aespa.ipynb #c14alike
-def _meet(model, team) -> None:
+def _get_ready(model, config, team) -> None:
     "Waits for the first process. Raises `AespaError` if this one has another model, by the head of each weight."
+    _warm_up(config.solver)
     team.meet()
     if team.size > 1:
         mine = fingerprint(p.detach().flatten()[:64] for p in model.parameters())
@@ -768,10 +769,9 @@ def quantize_model(
     inputs = _draw(tokens, config)
     some, device = next(iter(inputs.values())), torch.device(config.device or model.device)
     shares = check_team(team, config, len(some))
-    _meet(model, team)
+    _get_ready(model, config, team)
     enough = explaining_memory(model, some.shape[1], device, config.objective, config.batch_size, config.dtype)
     report, start = QuantReport(config), time.perf_counter()
-    _warm_up(config.solver)
     book = _opened(journal if team.rank == 0 else None, model, inputs, report)
     with enough, book as book, _measuring_memory(report, device), _evaluating(model), capturing(model):
         with _progress(_linears(model), progress) as bar:
@@ -779,12 +779,12 @@ def quantize_model(
     report.seconds = time.perf_counter() - start
     return report
 
-# %% ../nbs/14_aespa.ipynb #c14open
+# %% ../nbs/14_aespa.ipynb #c14count
 def _linears(model) -> int:
     "How many there are in all blocks."
     return sum(len(linears_of(b)) for path in stacks_of(model) for b in model.get_submodule(path))
 
-
+# %% ../nbs/14_aespa.ipynb #c14open
 @contextlib.contextmanager
 def _opened(folder: str | Path | None, model, inputs, report) -> Iterator[Journal | None]:
     "The journal in `folder`, if there is to be one; what it noticed goes into the report."

@@ -104,6 +104,54 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_finished_run_is_not_another_one(local_model, tmp_path, capsys):
+    "`--resume` on a result asks whether it is the result of this run; nothing is loaded for that."
+    text, out = str(local_model / "text.txt"), tmp_path / "out"
+    words = ["quantize", str(local_model), "--calibration", text, *SHORT, "--preset", "rtn", "--out", str(out)]
+    assert main(words) == 0
+    (out / ".finished").mkdir()  # what a kill in the last moment leaves
+    assert main([*words, "--resume", "--quiet"]) == 0
+    assert "complete: nothing to do" in capsys.readouterr().out and not (out / ".finished").exists()
+    assert main([*words, "--resume", "--bits", "8"]) == 2
+    assert "holds the result of another run: --bits is 2 there and 8 here" in capsys.readouterr().err
+    (out / "results.json").write_text("[")
+    assert main([*words, "--resume"]) == 2
+    assert "results.json is damaged" in capsys.readouterr().err
+
+
+def test_shares_are_known_to_who_goes_on_even_before_the_first_block(local_model, tmp_path, monkeypatch, capsys):
+    text, out = str(local_model / "text.txt"), tmp_path / "out"
+    words = ["quantize", str(local_model), "--calibration", text, *SHORT, "--preset", "rtn", "--out", str(out)]
+    monkeypatch.setattr("aespa_nb.journal._tidy", lambda *args: None)  # as if it were killed
+
+    def stopped(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr("aespa_nb.cli.evaluate_model", stopped)
+        assert main([*words, "--shares", "2"]) == 130
+    assert main([*words, "--resume"]) == 0
+    assert json.loads((out / "quantization.json").read_text())["config"]["shares"] == 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:77"])
+def test_a_device_that_is_not_there(device, tmp_path, capsys):
+    assert main(["quantize", "reference", *SHORT, "--device", device, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"--device {device} can't be used here" in said and said.count("\n") == 1
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    def too_much(*args, **more):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr("aespa_nb.cli.evaluate_model", too_much)
+    assert main(["eval", "reference", "--eval-samples", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "can't allocate memory" in said and "--seqlen" in said and said.count("\n") == 1
+
+
 def test_damaged_and_pickled_checkpoints_are_refused(local_model, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()

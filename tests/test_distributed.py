@@ -163,6 +163,39 @@ def test_values_of_all_kinds_can_be_sent(tmp_path):
         assert torch.equal(value["a"], torch.arange(3)) and torch.equal(value["b"][0], torch.ones(2, 2).bfloat16())
 
 
+def late(team):
+    "The first process comes late to the second meeting; the others wait for it."
+    team.meet()
+    if team.rank == 0:
+        time.sleep(0.5)
+    start = time.monotonic()
+    team.meet()
+    return time.monotonic() - start
+
+
+def test_all_wait_for_the_first(tmp_path):
+    first, *others = run_team(3, late, tmp_path)
+    assert first < 0.3 and all(0.3 < waited < 5 for waited in others)
+    ALONE.meet()
+
+
+def other_weights(team):
+    "Process 1 has a model of its own."
+    model = build("gqa")
+    if team.rank == 1:
+        model.model.layers[0].mlp.up_proj.weight[0, 3] += 1e-3
+    try:
+        quantize_model(model, TOKENS, CASES["gptq"][1], team=team)
+    except AespaError as e:
+        return str(e)
+
+
+def test_all_must_have_the_same_model(tmp_path):
+    said = run_team(2, other_weights, tmp_path)
+    assert said[1] == "process 1 has other weights than the first: give all of them the same files"
+    assert said[0].startswith("lost another process")
+
+
 def dies(team):
     "Process 1 is killed while the others wait for its sums."
     if team.rank == 1:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError, quantize_model
 from aespa_nb.aespa import PRESETS, report_rows
+from aespa_nb import journal as module
+from aespa_nb.journal import FINISHED, UNFINISHED, check_free, complete_folder, unfinished_config
 from aespa_nb.journal import differences, locked, open_journal, write_file, write_json
 from models import MODELS, small
 
@@ -217,3 +219,105 @@ def test_parts_come_back_as_they_were(tmp_path):
         assert journal.get("other") is None and journal.notes == []
     assert facts == {"loss": 0.1, "name": "ä"} and back.keys() == tensors.keys()
     assert all(torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in tensors.items())
+
+
+def test_another_run_is_known_by_its_blocks_where_its_record_is_damaged(tmp_path):
+    run(tmp_path, "gptq")
+    before = (tmp_path / "model.layers.0.safetensors").read_bytes()
+    for damage in (lambda p: p.write_text("?"), lambda p: p.unlink(), lambda p: p.write_text("[" * 100_000)):
+        damage(tmp_path / "run.json")
+        with pytest.raises(AespaError, match=r"config\.seed is 0 there and 1 here"):
+            run(tmp_path, "gptq", seed=1)
+        assert (tmp_path / "model.layers.0.safetensors").read_bytes() == before
+    assert same(run(preset="gptq"), run(tmp_path, "gptq"))
+
+
+# --- the folder of a run ------------------------------------------------------------------------------------------
+
+
+def finish(folder, resume=False, settings=None):
+    with complete_folder(folder, resume, settings) as out:
+        (out / "config.json").write_text("{}")
+        (out / "part").mkdir()
+        (out / "part/x").write_text("x")
+
+
+@pytest.mark.parametrize("call", ["_move_out", "rmtree", "replace"])
+def test_a_kill_at_the_end_leaves_a_finished_run_or_one_that_can_be_finished(tmp_path, monkeypatch, call):
+    "The process dies before or in the middle of what its last steps are."
+    folder, settings = tmp_path / "out", dict(shares=8)
+    pid = os.fork()
+    if not pid:
+        die = lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
+        where = {"_move_out": module, "rmtree": module.shutil, "replace": module.os}[call]
+        with complete_folder(folder, settings=settings) as out:
+            (out / "config.json").write_text("{}")
+            (out.parent / "journal").mkdir()
+            setattr(where, call, die)
+    os.waitpid(pid, 0)
+    if call == "rmtree":  # all was in place already
+        assert not (folder / UNFINISHED).exists() and (folder / "config.json").exists() and (folder / FINISHED).exists()
+        return
+    assert unfinished_config(folder) == settings
+    finish(folder, resume=True, settings=settings)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "part"]
+
+
+def test_a_move_that_fails_is_undone(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def full(a, b):
+        if str(b).endswith("config.json"):
+            raise OSError(28, "No space left on device")
+        replace(a, b)
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(AespaError, match="No space left on device"):
+        finish(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_there_from_the_beginning_and_must_be_the_same(tmp_path):
+    with pytest.raises(KeyboardInterrupt), complete_folder(tmp_path / "out", settings=dict(bits=2)) as out:
+        assert unfinished_config(tmp_path / "out") == dict(bits=2)
+        with open_journal(out.parent / "journal", dict(a=1)) as journal:
+            journal.put("block", dict(x=torch.ones(2)), {})
+        raise KeyboardInterrupt
+    with pytest.raises(AespaError, match=r"config\.bits is 2 there and 3 here"):
+        finish(tmp_path / "out", resume=True, settings=dict(bits=3))
+    finish(tmp_path / "out", resume=True, settings=dict(bits=2))
+
+
+def test_who_comes_late_does_not_write_into_a_finished_folder(tmp_path, monkeypatch):
+    "Between the look at the folder and the lock another process has finished its run."
+    folder = tmp_path / "out"
+    check = module.check_free
+    monkeypatch.setattr(module, "check_free", lambda *args: (check(*args), monkeypatch.undo(), finish(folder))[0])
+    with pytest.raises(AespaError, match="is not empty"):
+        finish(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "part"]
+
+
+@pytest.mark.parametrize("name", [".unfinished", ".unfinished/journal", ".unfinished/result", ".unfinished/.lock"])
+def test_links_are_not_followed(tmp_path, name):
+    precious, folder = tmp_path / "precious", tmp_path / "out"
+    (precious / "result").mkdir(parents=True)
+    (precious / "result/mine").write_text("mine")
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(precious / "result/mine" if name.endswith("lock") else precious)
+    with pytest.raises(AespaError, match="is a link"):
+        finish(folder, resume=True)
+    assert (precious / "result/mine").read_text() == "mine" and len(list(precious.rglob("*"))) == 2
+
+
+def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".x.new").symlink_to(tmp_path / "mine")
+    write_file(tmp_path / "x", lambda new: new.write_text("ours"))
+    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "x").read_text() == "ours"
+
+
+def test_what_a_stopped_export_left_is_not_to_be_resumed(tmp_path):
+    (tmp_path / "out" / UNFINISHED / "result").mkdir(parents=True)
+    with pytest.raises(AespaError, match="holds an unfinished run: remove it first"):
+        check_free(tmp_path / "out")

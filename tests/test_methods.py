@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from aespa_nb import AespaConfig, quantize_model
 from aespa_nb.aespa import METHODS, SOLVERS, report_rows
 from aespa_nb.gptq import gptq
-from aespa_nb.notation import AespaError, UnsupportedModelError
+from aespa_nb.notation import AespaError, NumericalError, UnsupportedModelError
 from aespa_nb.tune import Rounded
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -133,3 +133,20 @@ def test_codes_that_the_grid_does_not_have_are_refused(model, monkeypatch, spoil
 def test_a_solver_that_nobody_has_named_is_refused():
     with pytest.raises(AespaError, match="solver must be one of rtn, gptq, .* not 'mine'"):
         AespaConfig(solver="mine")
+
+
+def test_a_method_that_fails_leaves_nearest_values_and_says_why(model, monkeypatch):
+    def gives_up(task):
+        task.block.input_layernorm.weight.mul_(2)
+        raise NumericalError("its matrix is singular: raise the damping")
+
+    def explodes(task):
+        task.block.self_attn.q_proj.weight.fill_(float("inf"))
+        return {name: Rounded(None, None) for name in task.bits}
+
+    plain = copy.deepcopy(model)
+    quantize_model(plain, TOKENS, AespaConfig.preset("rtn"))
+    for method, said in ((gives_up, "its matrix is singular"), (explodes, "reaches beyond torch.float32")):
+        rounded, report = run(model, method, monkeypatch)
+        assert all(torch.equal(a, b) for a, b in zip(rounded.parameters(), plain.parameters()))
+        assert len(report.notes) == 2 and all(said in n and "rounded to nearest" in n for n in report.notes)
