@@ -25,6 +25,7 @@ help:
 	@echo "  make faults           kill runs, fill disks, damage files, for chapter 51 (an hour; the disks need root)"
 	@echo "  make hostile          of these, only damaged files and hostile input, 43 kinds (ten minutes)"
 	@echo "  make torture          round damaged models with every preset (half an hour on a CPU)"
+	@echo "  make arithmetic       the same runs with other processors' arithmetic, for chapter 51 (half an hour on a CPU)"
 	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"
 	@echo "  make plan-check       hold aespa_nb plan against real runs, for chapter 31b (twenty minutes on an idle CPU)"
 	@echo "  make constraints      pin the versions that are installed now"
@@ -81,6 +82,9 @@ torture: $(DEV)
 hostile: $(DEV)
 	OMP_NUM_THREADS=1 $(PY) tools/hostile.py
 
+arithmetic: $(DEV)
+	$(PY) tools/arithmetic.py
+
 # In an environment of their own: these tools are no part of ours.
 audit: $(RUN)
 	$(PY) tools/supply.py check
@@ -112,4 +116,4 @@ $(DEV): $(RUN)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lab export notebooks train-reference campaign comparison plan-check faults torture hostile audit constraints clean
+.PHONY: help demo test docs lab export notebooks train-reference campaign comparison plan-check faults torture hostile arithmetic audit constraints clean

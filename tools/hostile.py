@@ -414,6 +414,43 @@ def _(root, rng):
     return words(root, text=rng.choice(names))
 
 
+@kind("resume: a damaged unfinished run")
+def _(root, rng):
+    hidden = root / "out/.unfinished"
+    (hidden / "journal").mkdir(parents=True)
+    records = [hidden / "settings.json", hidden / "journal/run.json", hidden / "journal/model.layers.0.safetensors"]
+    for path in rng.sample(records, rng.randrange(1, 4)):
+        data = [b"", b"{}", b"[]", b"[" * 100_000, b'{"config": 3}', b'{"config": {"bits": 3}}', garbage(rng)]
+        path.write_bytes(rng.choice(data))
+    return [*words(root), "--resume"]
+
+
+@kind("resume: an unfinished run with links out of it")
+def _(root, rng):
+    (root / "mine/result").mkdir(parents=True)
+    (root / "mine/result/x").write_text("mine")
+    name = rng.choice(["", "/result", "/journal", "/.lock", "/journal/.lock", "/.settings.json.new", "/settings.json"])
+    link = root / f"out/.unfinished{name}"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(root / ("mine/result/x" if name.endswith(("lock", "new", "json")) else "mine"))
+    return [*words(root), "--resume"]
+
+
+@kind("resume: the result of another run")
+def _(root, rng):
+    shutil.copytree(root / "done", root / "out")
+    how = rng.randrange(3)
+    if how == 0:
+        (root / "out/results.json").write_bytes(rng.choice([b"", b"{}", b"[]", b"[" * 100_000, garbage(rng)]))
+    other = [["--bits", "8"], ["--seed", "3"], ["--preset", "gptq"], ["--eval-samples", "1"]]
+    return [*words(root, None, *(rng.choice(other) if how else [])), "--resume"]
+
+
+@kind("arguments: a device that is not there")
+def _(root, rng):
+    return words(root, None, "--device", rng.choice(["cuda", "cuda:9", "meta", "mps", "x", "", "cpu:1:2", "xla", "-1"]))
+
+
 @kind("tokens in place of text")
 def _(root, rng):
     odd = [
