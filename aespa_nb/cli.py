@@ -129,14 +129,15 @@ def compare_presets(
 ) -> Iterator[tuple[dict, PreTrainedModel, QuantReport | None]]:
     "Measures the full model, then a rounded copy per run; yields a row of numbers, the model and the report of each."
     numel = sum(p.numel() for p in model.parameters())
-    scores = evaluate_model(model, heldout)
+    shown = dict(progress=progress, device=runs[0].device if runs else None)
+    scores = evaluate_model(model, heldout, **shown)
     row = dict(method="full", bits=16, perplexity=scores.perplexity, kl=0.0, top1=1.0, seconds=0.0)
     yield row | dict(megabytes=numel * 2e-6), model, None
     for name, config in zip(names, runs):
         rounded = fresh() if fresh else copy.deepcopy(model)
         report = quantize_model(rounded, calib, config, progress, journal, team)
         snap_model(rounded, report, dtype or model.dtype)
-        scores = evaluate_model(rounded, heldout, model)
+        scores = evaluate_model(rounded, heldout, model, **shown)
         yield _row(name, numel, report, scores), rounded, report
 
 # %% ../nbs/41_cli.ipynb #883f03a0
@@ -437,7 +438,8 @@ def _measure(args, model, tokenizer, reference) -> None:
     source = args.data or "reference"
     seqlen = _seqlen(args, model, tokenizer, source)
     heldout, origin = evaluation_windows(source, tokenizer, seqlen, args.eval_samples, args.stride)
-    scores = evaluate_model(model, heldout, reference, stride=args.stride, progress=not args.quiet)
+    shown = dict(progress=not args.quiet, device=args.device)
+    scores = evaluate_model(model, heldout, reference, stride=args.stride, **shown)
     print(f"{origin}\nperplexity {scores.perplexity:.3f}")
     if args.stride:
         print(f"after the first window, only the last {args.stride} tokens of each are scored")
@@ -753,6 +755,7 @@ def _add_eval(commands) -> None:
     p.add_argument("--tasks", nargs="+", help="tasks of lm-evaluation-harness: names or YAML files")
     p.add_argument("--limit", type=int, help="examples of each task (default: all)")
     p.add_argument("--shots", type=int, help="solved examples in the prompt (default: as the task says)")
+    p.add_argument("--device", help="where models compute that fit there, e.g. cuda (default: cpu)")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     p.set_defaults(run=_eval)
 

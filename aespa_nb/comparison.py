@@ -90,7 +90,7 @@ def measure_run(
     start = time.process_time()
     report = quantize_model(model, calib, config, progress)
     cost = dict(seconds=report.seconds, cpu_seconds=time.process_time() - start, peak_MiB=report.peak_bytes / 2**20)
-    scores = evaluate_model(model, heldout, full)._asdict()
+    scores = evaluate_model(model, heldout, full, device=config.device)._asdict()
     return run._asdict() | scores | cost | dict(bits_per_weight=report.bits_per_weight, notes=report.notes) | machine()
 
 # %% ../nbs/30_comparison.ipynb #51f2ca8a

@@ -6,12 +6,14 @@
 __all__ = ['new_positions', 'Scores', 'evaluate_model', 'perplexity', 'kl_divergence']
 
 # %% ../nbs/13b_evaluate.ipynb #665ef24a
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .data import check_tokens
@@ -47,24 +49,26 @@ def evaluate_model(
     batch_size: int = 4,
     stride: int | None = None,  # windows overlap: only their last `stride` tokens are new; None: all are
     progress: bool = False,  # a bar on standard error
+    device: str | torch.device | None = None,  # where to compute, if the models fit there; None: where they are
 ) -> Scores:
     "Perplexity, and KL divergence and top-1 agreement if there is a `reference`, in one pass over `tokens`."
     check_tokens(tokens, model)
     new, total = new_positions(tokens, stride), torch.zeros(3, dtype=torch.float64)
+    models = [(m, _copied(m, device)) for m in (model, reference) if m is not None]
     for batch, kept in _shown(tokens.split(batch_size), new.split(batch_size), progress):
-        total += _sums(model, reference, batch, kept)
+        total += _sums(models, batch, kept)
     nll, kl, agree = (total / torch.tensor([new[:, 1:].sum(), new.sum(), new.sum()])).tolist()
     if not math.isfinite(nll):
         raise AespaError("the model's predictions are NaN or Inf: check its weights and dtype")
     return Scores(math.exp(nll) if nll < 709 else math.inf, *((None, None) if reference is None else (kl, agree)))
 
 # %% ../nbs/13b_evaluate.ipynb #d3fbc1b9
-def _sums(model, reference, batch, new) -> Tensor:
+def _sums(models, batch, new) -> Tensor:
     "Negative log-likelihood of the new tokens, divergence and agreement at the new positions, summed."
     nothing = new.new_full((len(batch), 1), False)
     coming = batch.roll(-1, 1)  # the token after each position; after the last there is none
     scored = torch.cat([new[:, 1:], nothing], 1)
-    parts = [_logits(model, batch), *([] if reference is None else [_logits(reference, batch)])]
+    parts = [_logits(*m, batch) for m in models]
     parts += [x.to(parts[0].device) for x in (coming, scored, new)]
     total = torch.zeros(3, dtype=torch.float64)
     for *logits, token, s, n in zip(*(x.flatten(0, 1).split(512) for x in parts)):
@@ -76,10 +80,24 @@ def _sums(model, reference, batch, new) -> Tensor:
     return total
 
 # %% ../nbs/13b_evaluate.ipynb #c13btrack
-def _logits(model, batch) -> Tensor:
-    return model(batch.to(model.device), use_cache=False).logits
+def _copied(model, device) -> dict[str, Tensor] | None:
+    "The model's tensors on another kind of device; None if they are there already, or have no room."
+    if device is None or torch.device(device).type == model.device.type:
+        return None
+    try:
+        return {n: t.to(device) for n, t in itertools.chain(model.named_parameters(), model.named_buffers())}
+    except torch.OutOfMemoryError:
+        return None
 
 
+def _logits(model, tensors, batch) -> Tensor:
+    "Of the model as it is, or as it would be with other `tensors`."
+    if tensors is None:
+        return model(batch.to(model.device), use_cache=False).logits
+    batch = batch.to(next(iter(tensors.values())).device)
+    return functional_call(model, tensors, (batch,), dict(use_cache=False)).logits
+
+# %% ../nbs/13b_evaluate.ipynb #c13bshown
 def _shown(tokens, new, progress):
     "Pairs of batches, with a bar."
     from rich.console import Console

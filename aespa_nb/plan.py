@@ -233,11 +233,11 @@ def _blank(model, calib, heldout, config, stages) -> Trial:
     return Trial(kinds_of(model), *sizes, factors, stream, _bytes(model), stages or {})
 
 # %% ../nbs/31b_plan.ipynb #p43
-def _evaluated(trial, name, models, tokens) -> Scores:
+def _evaluated(trial, name, models, tokens, device) -> Scores:
     "Evaluates the first of `models` against the second, if there is one, as a stage."
     start = time.process_time()
     with staged(trial.stages, name), _in_blocks(models) as spent:
-        scores = evaluate_model(models[0], tokens[: trial.windows], *models[1:])
+        scores = evaluate_model(models[0], tokens[: trial.windows], *models[1:], device=device)
     trial.in_blocks[name] = min(1.0, spent[0] / (time.process_time() - start))
     return scores
 
@@ -294,14 +294,14 @@ def run_trial(
     "Does in this process what `aespa_nb quantize` does, for one block of each kind and few tokens."
     trial = _blank(model, calib, heldout, config, stages)
     cut_down(model, trial.kinds)
-    scores = [_evaluated(trial, "evaluate", [model], heldout)]
+    scores = [_evaluated(trial, "evaluate", [model], heldout, config.device)]
     with staged(trial.stages, "load again"):
         rounded = cut_down(fresh(), trial.kinds)
     with tempfile.TemporaryDirectory(prefix="aespa_nb-") as folder:
         report = _quantized(trial, rounded, calib, config, Path(folder) / "journal")
         with staged(trial.stages, "snap"):
             snap_model(rounded, report, dtype)
-        scores.append(_evaluated(trial, "compare", [rounded, model], heldout))
+        scores.append(_evaluated(trial, "compare", [rounded, model], heldout, config.device))
         _saved(trial, rounded, report, Path(folder), scores, save)
     _shorter(trial, fresh, calib, config)
     return trial

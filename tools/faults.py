@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from aespa_nb.cli import load_model, main
-from aespa_nb.journal import UNFINISHED, write_json
+from aespa_nb.journal import UNFINISHED, unfinished_config, write_json
 from rich.progress import track
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,11 +64,11 @@ class Sandbox:
         build_model(self.folder / "model")
 
     def words(self, setting, out, shares=None):
-        "The command line of a run."
+        "The command line of a run; one that goes on knows its shares."
         text, (preset, more) = str(self.folder / "model/text.txt"), setting
         words = ["quantize", str(self.folder / "model"), "--calibration", text, "--samples", "8", "--seqlen", "32"]
         words += ["--eval-samples", "2", "--quiet", "--preset", preset, *more, "--out", str(out)]
-        return words + (["--shares", str(shares)] if shares else [])
+        return words + (["--shares", str(shares)] if shares and not unfinished_config(out) else [])
 
     def start(self, words, ranks=1):
         "Processes that run the command line, forked from this one: torch is loaded already."
