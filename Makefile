@@ -71,8 +71,8 @@ comparison: $(DEV)
 	  --seeds 0 1 2 --samples 64 --eval-samples 128 --out nbs/runs/compare-reference
 
 faults: $(DEV)
-	$(PY) tools/faults.py kills --count 150
-	$(PY) tools/faults.py kills --count 60 --ranks 2
+	$(PY) tools/faults.py kills --count 300
+	$(PY) tools/faults.py kills --count 100 --ranks 2
 	$(PY) tools/faults.py disk --count 30
 	$(MAKE) hostile
 

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 import transformers as hf
 from aespa_nb import AespaConfig, AespaError, quantize_model
+from aespa_nb.aespa import PRESETS
 from aespa_nb.capture import stacks_of
 from aespa_nb.families import linears_of, weight_of
 
 STORED = Path("nbs/runs/torture.json")
 TOLERANCE = 0.02
-PRESETS = ("rtn", "gptq", "adaround", "aespa", "best", "zfold", "turboboa", "max")
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
 MODELS = {
     "llama": lambda v: hf.LlamaForCausalLM(
