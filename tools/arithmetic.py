@@ -22,7 +22,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 RESULTS = Path(__file__).parents[1] / "nbs/runs/arithmetic.json"
-PRESETS, BITS, SAMPLES, WINDOWS, ITERATIONS = ("gptq", "aespa", "best"), (2, 3), 64, 128, 500
+PRESETS, BITS, SAMPLES, WINDOWS = ("gptq", "best"), (2, 3), 64, 128
 # what torch, MKL, oneDNN, OpenBLAS and numba may use
 WIDE, MIDDLE, OLD = (
     dict(zip(("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "NUMBA_CPU_NAME"), names))
@@ -48,7 +48,7 @@ def one(preset: str, bits: int, changes: dict, out: str) -> None:
     full, _, calib, heldout = load_reference()
     model = copy.deepcopy(full)
     changes |= {"dtype": getattr(torch, changes["dtype"])} if "dtype" in changes else {}
-    config = AespaConfig.preset(preset, bits, samples=SAMPLES, iterations=ITERATIONS, **changes)
+    config = AespaConfig.preset(preset, bits, samples=SAMPLES, **changes)
     report = quantize_model(model, calib, config)
     codes = torch.cat([layer.W_int.flatten() for layer in report.layers.values()])
     kl = evaluate_model(model, heldout[:WINDOWS], full).kl
@@ -78,7 +78,7 @@ def main():
                 changed = (x["codes"] != first["codes"]).float().mean().item()
                 rows.append(dict(preset=preset, bits=bits, way=way, changed=changed, kl=x["kl"].item()))
                 print(rows[-1], flush=True)
-    settings = dict(samples=SAMPLES, windows=WINDOWS, iterations=ITERATIONS)
+    settings = dict(samples=SAMPLES, windows=WINDOWS)
     write_json(RESULTS, dict(settings=settings, torch=torch.__version__, rows=rows))
 
 
