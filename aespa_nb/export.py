@@ -375,12 +375,17 @@ def _rest(model, layers, dtype) -> dict[str, Tensor]:
     return {n: to(t) if t.is_floating_point() else t for n, t in state.items()}
 
 # %% ../nbs/15_export.ipynb #c8142637
+def _own(t: Tensor) -> Tensor:
+    "A copy with memory of its own, in order: layers may share a zeta, and experts' weights may be transposed."
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def _save_codes(report: QuantReport, folder: Path) -> None:
     "`quantization.safetensors`: what the dense weights were made of."
     tensors = {}
     for name, r in report.layers.items():
         parts = {"W_int": r.W_int, "step": r.grid.step, "zero": r.grid.zero.to(torch.uint8), "zeta": r.zeta}
-        tensors.update({f"{name}.{k}": v.clone() for k, v in parts.items()})  # layers may share zeta
+        tensors.update({f"{name}.{k}": _own(v) for k, v in parts.items()})
     bits = {name: r.grid.bits for name, r in report.layers.items()}
     save_file(tensors, folder / "quantization.safetensors", {"bits": json.dumps(bits)})
 
@@ -481,6 +486,16 @@ def _write(folder, model, report, tokenizer, state, config, done, facts) -> None
     _save_report(folder, report, done, facts)
     (folder / "README.md").write_text(_card(type(model).__name__, report, done, facts))
 
+# %% ../nbs/15_export.ipynb #c15names
+def _check_names(folder: Path, packed: Iterable[str]) -> None:
+    "Raises `AespaError` if transformers has stored packed tensors under names of old checkpoints (as for ViT)."
+    stored = set()
+    for shard in _shards(folder):
+        with safe_open(shard, framework="pt") as file:
+            stored |= set(file.keys())
+    if other := sorted(set(packed) - stored):
+        raise AespaError(f"transformers gives {other[0]} another name in its files: export as dense")
+
 # %% ../nbs/15_export.ipynb #576fdc8e
 def write_checkpoint(
     folder: Path,  # that nobody reads yet
@@ -498,6 +513,7 @@ def write_checkpoint(
     weights, dense = sum(r.weight.numel() for r in layers.values()), [n for n in report.layers if n not in layers]
     done = Exported(form, dtype, _sizes(packed, rest), weights, dense, change)
     _write(folder, model, report, tokenizer, {**rest, **packed}, config, done, facts or {})
+    _check_names(folder, packed.keys())
     return done
 
 # %% ../nbs/15_export.ipynb #c15expo

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from aespa_nb import AespaConfig, quantize_model
+from aespa_nb.export import FORMATS, export_model, read_quantized
 from aespa_nb.families import linears_of, map_block
 from aespa_nb.losses import parts_of, survey
-from aespa_nb.notation import UnsupportedModelError
+from aespa_nb.notation import AespaError, UnsupportedModelError
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -36,6 +37,22 @@ def test_every_linear_is_quantized_or_named(name):
     assert not families.accounted_for(model, report)
     for r in report.layers.values():
         torch.testing.assert_close(r.grid.values(r.W_int.float()) * r.zeta, r.weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", ["Mixtral", "Gemma3", "GPT-2", "DeepSeek-V3", "gpt-oss", "ViT", "T5"])
+def test_a_checkpoint_can_be_read_back_or_is_refused(name, form, tmp_path):
+    model = families.build(name)
+    report = quantize_model(model, families.inputs(name, 3), AespaConfig.preset("rtn", bits=4))
+    try:
+        export_model(model, report, tmp_path / "out", form)
+    except AespaError as e:
+        assert form != "dense" and str(e).endswith(("export as dense", "use compressed-tensors"))
+        assert not (tmp_path / "out").exists()
+        return
+    back = read_quantized(tmp_path / "out")
+    for layer, r in back.report.layers.items():
+        assert torch.equal(r.W_int, report.layers[layer].W_int)
 
 
 @pytest.mark.parametrize("name", ["LLaMA", "GPT-NeoX", "Qwen3"])
