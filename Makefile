@@ -23,7 +23,7 @@ help:
 	@echo "  make campaign         repeat the long measurements behind chapters 10 and 32 (hours on a CPU)"
 	@echo "  make comparison       run what is missing of chapter 30's comparison (a day on a CPU)"
 	@echo "  make faults           kill runs, fill disks, damage files, for chapter 51 (an hour; the disks need root)"
-	@echo "  make hostile          of these, only damaged files and hostile input, 43 kinds (ten minutes)"
+	@echo "  make hostile          of these, only damaged files and hostile input, 47 kinds (ten minutes)"
 	@echo "  make torture          round damaged models with every preset (half an hour on a CPU)"
 	@echo "  make arithmetic       the same runs with other processors' arithmetic, for chapter 51 (half an hour on a CPU)"
 	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"

@@ -45,16 +45,24 @@ def draw(shape, rng):
     return ((W + some) * inp**-0.5).bfloat16()
 
 
+# A small process between: Linux counts what a process was forked from as memory of its own.
+WATCH = """
+import json, resource, subprocess, sys
+code, used = subprocess.call(sys.argv[1:]), resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([code, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+"""
+
+
 def measured(words):
     "Output, CPU seconds, wall-clock seconds and peak resident bytes of a fresh process."
     start = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    text = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(words)} ended with code {process.returncode}")
-    return text, used.ru_utime + used.ru_stime, time.perf_counter() - start, used.ru_maxrss * 1024
+    watched, env = [sys.executable, "-c", WATCH, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
+    text = subprocess.run(watched, stdout=subprocess.PIPE, text=True, env=env, check=True).stdout
+    text, _, found = text.rstrip("\n").rpartition("\n")
+    code, cpu, peak = json.loads(found)
+    if code:
+        sys.exit(f"{' '.join(map(str, words))} ended with code {code}")
+    return text, cpu, time.perf_counter() - start, peak
 
 
 def row(name, model, preset, work):
