@@ -218,6 +218,6 @@ def test_bad_input_is_one_line_and_exit_code_2(case, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said_plainly(capsys):
     assert main(["bench", *TINY, "--device", "cuda"]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
+    assert "--device cuda can't be used here" in capsys.readouterr().err
     with pytest.raises(AespaError):
         shape_model("tiny", -1)
