@@ -746,7 +746,7 @@ def check_team(
 
 # %% ../nbs/14_aespa.ipynb #c14alike
 def _get_ready(model, config, team) -> None:
-    "Waits for the first process. Raises `AespaError` if this one has another model, by the head of each weight."
+    "Loads the solver, waits for the first process. Raises `AespaError` if its weights, by their heads, are others."
     _warm_up(config.solver)
     team.meet()
     if team.size > 1:

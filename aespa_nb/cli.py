@@ -44,7 +44,7 @@ from .distributed import ALONE, Team, joined, speaks_first
 from .evaluate import evaluate_model
 from .export import FORMATS, Exported, check_format, export_model, read_quantized, snap_model, write_checkpoint
 from .gaussnewton import out_of_memory
-from .journal import FINISHED, UNFINISHED, check_free, complete_folder, differences, unfinished_config
+from .journal import FINISHED, UNFINISHED, check_free, check_same_run, complete_folder, unfinished_config
 from .loading import load_model as load_checkpoint
 from .notation import AespaError
 from .plan import begun, plan_run, plan_text, run_trial, staged, try_out
@@ -412,9 +412,7 @@ def _check_same_options(folder: Path, options: dict) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise AespaError(f"{folder}/results.json is damaged: choose another folder") from None
     anyway = ("out", "resume", "quiet", "shares", "text")  # may be others, or are found out by the run
-    lines = differences(*({k: v for k, v in o.items() if k not in anyway} for o in (before, options)), "--")
-    if lines:
-        raise AespaError(f"{folder} holds the result of another run: {lines[0]}; choose another folder")
+    check_same_run(folder, *({k: v for k, v in o.items() if k not in anyway} for o in (before, options)), "--")
 
 
 def _farewell(args) -> str:

@@ -526,7 +526,7 @@ def export_model(
     facts: dict | None = None,  # for the model card: "base model", "calibration", "perplexity", ...
     dtype: torch.dtype | None = None,  # of all that isn't packed, steps included; None: the model's
 ) -> Exported:
-    """Writes a checkpoint that stock tools load. Raises `AespaError`, and changes nothing, if the format can't hold it,
+    """Writes a checkpoint that stock tools load. Raises `AespaError`, and writes nothing, if the format can't hold it,
     `model.config` describes another model, or the folder holds something."""
     check_format(format)
     _check_config(model)

@@ -113,7 +113,7 @@ def test_a_finished_run_is_not_another_one(local_model, tmp_path, capsys):
     assert main([*words, "--resume", "--quiet"]) == 0
     assert "complete: nothing to do" in capsys.readouterr().out and not (out / ".finished").exists()
     assert main([*words, "--resume", "--bits", "8"]) == 2
-    assert "holds the result of another run: --bits is 2 there and 8 here" in capsys.readouterr().err
+    assert "holds another run: --bits is 2 there and 8 here" in capsys.readouterr().err
     (out / "results.json").write_text("[")
     assert main([*words, "--resume"]) == 2
     assert "results.json is damaged" in capsys.readouterr().err

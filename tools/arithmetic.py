@@ -1,4 +1,4 @@
-"""The same run with other arithmetic, for chapter 51, to nbs/runs/arithmetic.json: an hour on one core.
+"""The same run with other arithmetic, for chapter 51, to nbs/runs/arithmetic.json: half an hour on one core.
 
 A processor with wider registers, or a GPU, adds the same numbers in another order. Here a run is repeated with the
 instructions of older and newer x86-64 processors, with statistics and solving in double precision, and on other
@@ -24,14 +24,10 @@ from safetensors.torch import load_file, save_file
 RESULTS = Path(__file__).parents[1] / "nbs/runs/arithmetic.json"
 PRESETS, BITS, SAMPLES, WINDOWS = ("gptq", "best"), (2, 3), 64, 128
 # what torch, MKL, oneDNN, OpenBLAS and numba may use
-WIDE, MIDDLE, OLD = (
-    dict(zip(("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "NUMBA_CPU_NAME"), names))
-    for names in (
-        ("avx512", "AVX512", "AVX512_CORE", "SkylakeX", "skylake-avx512"),
-        ("avx2", "AVX2", "AVX2", "Haswell", "haswell"),
-        ("default", "COMPATIBLE", "SSE41", "Nehalem", "nehalem"),
-    )
-)
+ALLOWED = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "NUMBA_CPU_NAME")
+WIDE = dict(zip(ALLOWED, ("avx512", "AVX512", "AVX512_CORE", "SkylakeX", "skylake-avx512")))
+MIDDLE = dict(zip(ALLOWED, ("avx2", "AVX2", "AVX2", "Haswell", "haswell")))
+OLD = dict(zip(ALLOWED, ("default", "COMPATIBLE", "SSE41", "Nehalem", "nehalem")))
 WAYS = {  # the first is what the others are compared with
     "AVX2": (MIDDLE, {}),
     "AVX-512": (WIDE, {}),

@@ -102,8 +102,8 @@ def run(path, flags=(), timeout=600):
             c.metadata.tags.remove("skip-execution")
             c.outputs = kept[c.id]
         merge_streams(c)
-    allowed = [cfg.d.get(f"allowed_{kind}metadata_keys", "").split() for kind in ("", "cell_")]
-    clean_nb(nb, allowed_metadata_keys=allowed[0], allowed_cell_metadata_keys=allowed[1], clean_ids=cfg.clean_ids)
+    allowed = {key: cfg[key].split() for key in ("allowed_metadata_keys", "allowed_cell_metadata_keys")}
+    clean_nb(nb, **allowed, clean_ids=cfg.clean_ids)
     return nb, len(code) - len(kept)
 
 
