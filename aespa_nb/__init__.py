@@ -1,14 +1,20 @@
-"""Attention-aware post-training quantization of Transformers: the public face; everything else is in the chapters' modules."""
+"""Attention-aware post-training quantization of Transformers: the public face; everything else is in the rooms' modules."""
 
 __version__ = "0.1.0"
 
 from importlib import import_module
 
 _HOME = {
-    "aespa": ["PRESETS", "AespaConfig", "QuantReport", "quantize_model"],
-    "data": ["calibration_tokens", "evaluation_tokens", "load_reference"],
-    "evaluate": ["evaluate_model", "kl_divergence", "perplexity"],
-    "notation": ["AespaError"],
+    "quantize.model": ["quantize_model"],
+    "quantize.config": ["PRESETS", "AespaConfig"],
+    "quantize.report": ["QuantReport"],
+    "quantize.layer": ["round_layer"],
+    "quantize.bit_allocation": ["auto_bits"],
+    "data.text": ["calibration_tokens", "evaluation_tokens", "load_reference"],
+    "data.scores": ["evaluate_model", "kl_divergence", "perplexity"],
+    "export.checkpoint": ["export_model", "read_quantized"],
+    "cli": ["load_model"],
+    "errors": ["AespaError", "NumericalError", "UnsupportedModelError"],
 }
 __all__ = [name for names in _HOME.values() for name in names]
 

@@ -1,7 +1,7 @@
 """Small random models that several tests share."""
 
 import torch
-from aespa_nb.capture import stacks_of
+from aespa_nb.model.blocks import stacks_of
 from transformers import (
     BloomConfig,
     BloomForCausalLM,

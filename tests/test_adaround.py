@@ -11,15 +11,22 @@ from jaxtyping import jaxtyped
 from torch.testing import assert_close
 
 from aespa_nb import adaround as module
-from aespa_nb.adaround import (
-    adaround, beta_schedule, initial_logit, logit_gradient, loss_gradient, penalty_gradient, rectified_sigmoid,
-    relaxed_start, rounding_penalty,
+from aespa_nb.rounding.adaround import (
+    adaround,
+    beta_schedule,
+    initial_logit,
+    logit_gradient,
+    loss_gradient,
+    penalty_gradient,
+    rectified_sigmoid,
+    relaxed_start,
+    rounding_penalty,
 )  # fmt: skip
-from aespa_nb.gptq import gptq
-from aespa_nb.grid import minmax_grid
-from aespa_nb.gridfit import fit_grid
-from aespa_nb.hessian import damp, quadratic_loss
-from aespa_nb.notation import AespaError, NumericalError
+from aespa_nb.rounding.gptq import gptq
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.rounding.hessian import damp, quadratic_loss
+from aespa_nb.errors import AespaError, NumericalError
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 10_000)

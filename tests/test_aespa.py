@@ -9,11 +9,15 @@ import sys
 import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError, QuantReport, quantize_model
-from aespa_nb.aespa import PRESETS, block_losses, report_json, round_layer
-from aespa_nb.capture import BlockStream, capturing, listening
-from aespa_nb.hessian import quadratic_loss
-from aespa_nb.notation import NumericalError, UnsupportedModelError
-from aespa_nb.precompute import KroneckerLoss
+from aespa_nb.quantize.config import PRESETS
+from aespa_nb.quantize.layer import round_layer
+from aespa_nb.quantize.model import block_losses
+from aespa_nb.quantize.report import report_json
+from aespa_nb.model.capture import capturing, listening
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.rounding.hessian import quadratic_loss
+from aespa_nb.errors import NumericalError, UnsupportedModelError
+from aespa_nb.attention.kronecker_losses import KroneckerLoss
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,

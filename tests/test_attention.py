@@ -6,11 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from aespa_nb.attention import attend, causal_mask, merge_heads, repeat_kv, rope_cos_sin, rope_matrices, rotate
-from aespa_nb.notation import AespaError
-from aespa_nb.relax import (
-    AttentionBlock, attention_error_bound, block_loss, layerwise_loss, refined_k_loss, refined_q_loss, refined_v_loss,
-    softmax_jacobian, true_attention_error,
+from aespa_nb.attention.forward import attend, causal_mask, merge_heads, repeat_kv, rope_cos_sin, rope_matrices, rotate
+from aespa_nb.errors import AespaError
+from aespa_nb.attention.block_error import (
+    AttentionBlock,
+    attention_error_bound,
+    block_loss,
+    layerwise_loss,
+    refined_k_loss,
+    refined_q_loss,
+    refined_v_loss,
+    softmax_jacobian,
+    true_attention_error,
 )  # fmt: skip
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)

@@ -8,14 +8,17 @@ import torch
 from models import MODELS, small
 from torch.testing import assert_close
 
-from aespa_nb.aespa import AespaConfig, quantize_model
+from aespa_nb.quantize.config import AespaConfig
+from aespa_nb.quantize.model import quantize_model
 from aespa_nb.baselines.affinequant import AffineLinears, affinequant, dominant, gradual_mask, mix_values, unmix_output
 from aespa_nb.baselines.omniquant import omniquant
-from aespa_nb.capture import BlockStream, capturing, stacks_of
-from aespa_nb.families import linears_of
-from aespa_nb.grid import minmax_grid
-from aespa_nb.notation import AespaError, NumericalError
-from aespa_nb.tune import BlockTask, block_error
+from aespa_nb.model.blocks import stacks_of
+from aespa_nb.model.capture import capturing
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.model.blocks import linears_of
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.model.block_tuning import BlockTask, block_error
 
 KINDS = list(MODELS)
 PAIRS = {

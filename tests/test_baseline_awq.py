@@ -8,14 +8,16 @@ import torch
 from models import small
 from torch.testing import assert_close
 
-from aespa_nb.aespa import AespaConfig, quantize_model
+from aespa_nb.quantize.config import AespaConfig
+from aespa_nb.quantize.model import quantize_model
 from aespa_nb.baselines.awq import Group, Reader, awq, candidate_scales, column_sizes, read_inputs, scale_groups
-from aespa_nb.capture import BlockStream, stacks_of, zeta_groups
-from aespa_nb.families import linears_of
-from aespa_nb.grid import minmax_grid
-from aespa_nb.gridfit import fit_grid
-from aespa_nb.notation import AespaError, UnsupportedModelError
-from aespa_nb.tune import BlockTask, block_error
+from aespa_nb.model.blocks import stacks_of, zeta_groups
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.model.blocks import linears_of
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.errors import AespaError, UnsupportedModelError
+from aespa_nb.model.block_tuning import BlockTask, block_error
 
 TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
 NO_SCALES = dict(points=1, divide=False)

@@ -5,16 +5,19 @@ import torch
 from models import small
 from torch.testing import assert_close
 
-from aespa_nb.aespa import AespaConfig, quantize_model, round_layer
-from aespa_nb.baselines.boa import BoaResult, boa, refine_steps
-from aespa_nb.capture import BlockStream, stacks_of
-from aespa_nb.gptq import gptq
-from aespa_nb.grid import Grid, minmax_grid
-from aespa_nb.gridfit import fit_grid
-from aespa_nb.hessian import damp
-from aespa_nb.notation import AespaError, NumericalError
-from aespa_nb.precompute import KroneckerLoss
-from aespa_nb.tune import block_error
+from aespa_nb.quantize.config import AespaConfig
+from aespa_nb.quantize.layer import round_layer
+from aespa_nb.quantize.model import quantize_model
+from aespa_nb.baselines.turboboa import BoaResult, boa, refine_steps
+from aespa_nb.model.blocks import stacks_of
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.rounding.gptq import gptq
+from aespa_nb.rounding.grid import Grid, minmax_grid
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.rounding.hessian import damp
+from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.attention.kronecker_losses import KroneckerLoss
+from aespa_nb.model.block_tuning import block_error
 
 KINDS = ("llama", "opt")
 TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))

@@ -6,15 +6,17 @@ from models import small
 from test_baseline_signround import KINDS, TOKENS, error, nearest, tasks, tiny, weights  # noqa: F401
 from torch.testing import assert_close
 
-from aespa_nb.adaround import logit_gradient, loss_gradient, rectified_sigmoid
-from aespa_nb.aespa import AespaConfig, quantize_model
+from aespa_nb.rounding.adaround import logit_gradient, loss_gradient, rectified_sigmoid
+from aespa_nb.quantize.config import AespaConfig
+from aespa_nb.quantize.model import quantize_model
 from aespa_nb.baselines.brecq import BlockRounding, _fit_grids, brecq, fisher_importance
-from aespa_nb.capture import capturing, stacks_of
-from aespa_nb.grid import minmax_grid
-from aespa_nb.gridfit import fit_grid
-from aespa_nb.hessian import damp, quadratic_loss
-from aespa_nb.notation import AespaError, NumericalError, UnsupportedModelError
-from aespa_nb.tune import BlockTask, learn_block
+from aespa_nb.model.blocks import stacks_of
+from aespa_nb.model.capture import capturing
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.rounding.hessian import damp, quadratic_loss
+from aespa_nb.errors import AespaError, NumericalError, UnsupportedModelError
+from aespa_nb.model.block_tuning import BlockTask, learn_block
 
 
 def test_one_linear_is_adaround():

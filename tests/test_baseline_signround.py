@@ -8,13 +8,16 @@ from models import small
 from torch import nn
 from torch.testing import assert_close
 
-from aespa_nb.aespa import AespaConfig, quantize_model
+from aespa_nb.quantize.config import AespaConfig
+from aespa_nb.quantize.model import quantize_model
 from aespa_nb.baselines.signround import LearnedRounding, SignDescent, _weight, round_through, signround
-from aespa_nb.capture import BlockStream, stacks_of
-from aespa_nb.families import linears_of
-from aespa_nb.grid import minmax_grid
-from aespa_nb.notation import AespaError, NumericalError, UnsupportedModelError, tiny_inputs, tiny_weight
-from aespa_nb.tune import BlockTask, block_error, learn_block
+from aespa_nb.model.blocks import stacks_of
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.model.blocks import linears_of
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.errors import AespaError, NumericalError, UnsupportedModelError
+from aespa_nb.notation import tiny_inputs, tiny_weight
+from aespa_nb.model.block_tuning import BlockTask, block_error, learn_block
 
 KINDS = ("llama", "opt")
 TOKENS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError
-from aespa_nb.aespa import PRESETS
-from aespa_nb.bench import (
+from aespa_nb.quantize.config import PRESETS
+from aespa_nb.experiments.cost import (
     PHASES,
     SHAPES,
     TOKEN_PHASES,
@@ -34,16 +34,17 @@ from aespa_nb.bench import (
     shape_model,
     value_work,
 )
-from aespa_nb.attention import attention_output, repeat_kv
-from aespa_nb.capture import BlockStream, capturing, listening
+from aespa_nb.attention.forward import attention_output, repeat_kv
+from aespa_nb.model.capture import capturing, listening
+from aespa_nb.model.stream import BlockStream
 from aespa_nb.cli import main
-from aespa_nb.descent import descend
-from aespa_nb.gaussnewton import GaussNewtonStatistics
-from aespa_nb.gptq import gptq
-from aespa_nb.grid import minmax_grid
-from aespa_nb.gridfit import fit_grid
-from aespa_nb.hessian import Gram
-from aespa_nb.losses import survey
+from aespa_nb.rounding.descent import descend
+from aespa_nb.attention.gauss_newton import GaussNewtonStatistics
+from aespa_nb.rounding.gptq import gptq
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.rounding.hessian import Gram
+from aespa_nb.model.statistics import survey
 from torch.utils.flop_counter import FlopCounterMode
 
 IN_PLACE = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
-from aespa_nb.aespa import bits_of
-from aespa_nb.bits import allocate_bits, auto_bits, bits_by_kind, output_prices, predicted_losses
+from aespa_nb.quantize.config import bits_of
+from aespa_nb.quantize.bit_allocation import allocate_bits, auto_bits, bits_by_kind, output_prices, predicted_losses
 from aespa_nb.cli import main
-from aespa_nb.families import linears_of, weight_of
-from aespa_nb.notation import AespaError
+from aespa_nb.model.blocks import linears_of, weight_of
+from aespa_nb.errors import AespaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig, ViTConfig, ViTModel

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from aespa_nb.cli import load_model, main
-from aespa_nb.journal import check_free, complete_folder
-from aespa_nb.notation import AespaError
+from aespa_nb.quantize.journal import check_free, complete_folder
+from aespa_nb.errors import AespaError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -122,7 +122,7 @@ def test_a_finished_run_is_not_another_one(local_model, tmp_path, capsys):
 def test_shares_are_known_to_who_goes_on_even_before_the_first_block(local_model, tmp_path, monkeypatch, capsys):
     text, out = str(local_model / "text.txt"), tmp_path / "out"
     words = ["quantize", str(local_model), "--calibration", text, *SHORT, "--preset", "rtn", "--out", str(out)]
-    monkeypatch.setattr("aespa_nb.journal._tidy", lambda *args: None)  # as if it were killed
+    monkeypatch.setattr("aespa_nb.quantize.journal._tidy", lambda *args: None)  # as if it were killed
 
     def stopped(*args, **more):
         raise KeyboardInterrupt

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from aespa_nb.cli import main
-from aespa_nb.comparison import claim_folder, comparison_table, plan_runs, read_records, spread
-from aespa_nb.journal import fingerprint
-from aespa_nb.notation import AespaError
+from aespa_nb.experiments.comparison import claim_folder, comparison_table, plan_runs, read_records, spread
+from aespa_nb.quantize.journal import fingerprint
+from aespa_nb.errors import AespaError
 
 WORDS = "compare reference --samples 2 --eval-samples 2 --quiet --keep mlp=16 --presets rtn gptq".split()
 

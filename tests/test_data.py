@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from aespa_nb.capture import zeta_groups
-from aespa_nb.data import (
+from aespa_nb.model.blocks import zeta_groups
+from aespa_nb.data.text import (
     CORPORA,
     Corpus,
     _read_split,
@@ -20,7 +20,7 @@ from aespa_nb.data import (
     shared_text,
     shared_warning,
 )
-from aespa_nb.notation import AespaError
+from aespa_nb.errors import AespaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
@@ -121,7 +121,7 @@ def test_a_stream_is_read_no_further_than_needed():
     endless = ({"text": str(i)} for i in itertools.count())
     corpus = Corpus("x", documents=(5, None))
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("aespa_nb.data._load_dataset", lambda corpus: {"train": endless})
+        m.setattr("aespa_nb.data.text._load_dataset", lambda corpus: {"train": endless})
         assert _read_split(corpus).text == "0\n\n1\n\n2\n\n3\n\n4"
 
 

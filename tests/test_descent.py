@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from aespa_nb import descent as module
-from aespa_nb.adaround import adaround
-from aespa_nb.data import load_reference
-from aespa_nb.descent import best_of_starts, descend, pick_backend, vary_grid, whole_moves
-from aespa_nb.gptq import gptq
-from aespa_nb.grid import Grid, minmax_grid
-from aespa_nb.gridfit import fit_grid
-from aespa_nb.hessian import damp
-from aespa_nb.notation import AespaError, NumericalError
+from aespa_nb.rounding.adaround import adaround
+from aespa_nb.data.text import load_reference
+from aespa_nb.rounding.descent import best_of_starts, descend, pick_backend, vary_grid, whole_moves
+from aespa_nb.rounding.gptq import gptq
+from aespa_nb.rounding.grid import Grid, minmax_grid
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.rounding.hessian import damp
+from aespa_nb.errors import AespaError, NumericalError
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 10_000)
@@ -223,8 +223,8 @@ def test_ties_stay():
 
 TRITON = """
 import torch
-from aespa_nb.descent import descend
-from aespa_nb.grid import minmax_grid
+from aespa_nb.rounding.descent import descend
+from aespa_nb.rounding.grid import minmax_grid
 g = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
 for heads_H, coupled, group in ((2, False, 5), (1, True, None), (2, True, 5)):

@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError, quantize_model
-from aespa_nb.aespa import check_team
+from aespa_nb.quantize.model import check_team
 from aespa_nb.cli import main
-from aespa_nb.distributed import ALONE, Shares, ShareSum, Team, joined
-from aespa_nb.hessian import Gram
+from aespa_nb.model.team import ALONE, Shares, ShareSum, Team, joined
+from aespa_nb.rounding.hessian import Gram
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 SIZES = dict(vocab_size=64, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=32)

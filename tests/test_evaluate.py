@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from aespa_nb.cli import main
-from aespa_nb.data import consecutive_windows, load_reference
-from aespa_nb.evaluate import evaluate_model, kl_divergence, new_positions, perplexity
-from aespa_nb.notation import AespaError
-from aespa_nb.tasks import TaskScore, _find_tasks, _task_scores, run_tasks
+from aespa_nb.data.text import consecutive_windows, load_reference
+from aespa_nb.data.scores import evaluate_model, kl_divergence, new_positions, perplexity
+from aespa_nb.errors import AespaError
+from aespa_nb.data.tasks import TaskScore, _find_tasks, _task_scores, run_tasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM

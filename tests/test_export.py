@@ -9,13 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from aespa_nb.aespa import AespaConfig, LayerResult, QuantReport, quantize_model
+from aespa_nb.quantize.config import AespaConfig
+from aespa_nb.quantize.layer import LayerResult
+from aespa_nb.quantize.model import quantize_model
+from aespa_nb.quantize.report import QuantReport
 from aespa_nb.cli import main
-from aespa_nb.data import load_reference
-from aespa_nb.families import weight_of
-from aespa_nb.export import check_format, export_model, fold_zeta, pack, read_quantized, snap_model, unpack
-from aespa_nb.grid import minmax_grid
-from aespa_nb.notation import AespaError
+from aespa_nb.data.text import load_reference
+from aespa_nb.model.blocks import weight_of
+from aespa_nb.export.checkpoint import export_model, read_quantized
+from aespa_nb.export.folding import fold_zeta, snap_model
+from aespa_nb.export.formats import check_format
+from aespa_nb.rounding.packing import pack, unpack
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.errors import AespaError
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -235,7 +241,7 @@ def test_zeta_of_an_output_projection_with_shared_values_is_refused():
 
 
 def test_a_norm_that_stores_its_weight_minus_one(monkeypatch):
-    import aespa_nb.export as export
+    import aespa_nb.export.checkpoint as export
 
     torch.manual_seed(0)
     config = GemmaConfig(**SMALL, intermediate_size=64, head_dim=8, num_key_value_heads=4)

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from aespa_nb import AespaConfig, quantize_model
-from aespa_nb.export import FORMATS, export_model, read_quantized
-from aespa_nb.families import linears_of, map_block
-from aespa_nb.losses import parts_of, survey
-from aespa_nb.notation import AespaError, UnsupportedModelError
+from aespa_nb.export.checkpoint import export_model, read_quantized
+from aespa_nb.export.formats import FORMATS
+from aespa_nb.model.blocks import linears_of
+from aespa_nb.model.roles import map_block
+from aespa_nb.model.statistics import parts_of, survey
+from aespa_nb.errors import AespaError, UnsupportedModelError
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask

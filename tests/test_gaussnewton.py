@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from aespa_nb.attention import causal_mask, repeat_kv, rope_cos_sin, rope_matrices, rotate, split_heads
-from aespa_nb.gaussnewton import GaussNewtonStatistics, output_change, output_metric
-from aespa_nb.notation import AespaError, NumericalError
-from aespa_nb.relax import AttentionBlock, moved
+from aespa_nb.attention.forward import causal_mask, repeat_kv, rope_cos_sin, rope_matrices, rotate, split_heads
+from aespa_nb.attention.gauss_newton import GaussNewtonStatistics, output_change, output_metric
+from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.attention.block_error import AttentionBlock, moved
 
 few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 float64 = torch.float64

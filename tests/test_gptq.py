@@ -11,11 +11,11 @@ from jaxtyping import jaxtyped
 from torch.testing import assert_close
 
 from aespa_nb import gptq as module
-from aespa_nb.gptq import gptq, inverse_factor, processing_order
-from aespa_nb.grid import Grid, minmax_grid
-from aespa_nb.gridfit import fit_grid
-from aespa_nb.hessian import damp, quadratic_loss
-from aespa_nb.notation import AespaError, NumericalError
+from aespa_nb.rounding.gptq import gptq, inverse_factor, processing_order
+from aespa_nb.rounding.grid import Grid, minmax_grid
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.rounding.hessian import damp, quadratic_loss
+from aespa_nb.errors import AespaError, NumericalError
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 10_000)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from aespa_nb import AespaConfig
-from aespa_nb.gptq import column_prices, fit_compensated, gptq
-from aespa_nb.gridfit import fit_grid, fit_weighted
-from aespa_nb.hessian import damp, quadratic_loss
+from aespa_nb.rounding.gptq import column_prices, fit_compensated, gptq
+from aespa_nb.rounding.grid_search import fit_grid, fit_weighted
+from aespa_nb.rounding.hessian import damp, quadratic_loss
 from aespa_nb.notation import tiny_inputs, tiny_weight
 
 

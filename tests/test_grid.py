@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 
 from aespa_nb import grid as grid_module
-from aespa_nb.grid import Grid, check_bits, grouped, minmax_grid, storage_bits
-from aespa_nb.notation import AespaError, NumericalError, tiny_weight
+from aespa_nb.rounding.grid import Grid, check_bits, grouped, minmax_grid, storage_bits
+from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.notation import tiny_weight
 
 quick = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 

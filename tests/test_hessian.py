@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 from torch.testing import assert_close
 
-from aespa_nb import gridfit, hessian
-from aespa_nb.grid import grouped, minmax_grid
-from aespa_nb.gridfit import fit_grid, group_hessians, row_loss
-from aespa_nb.hessian import Gram, damp, quadratic_loss, taylor_change
-from aespa_nb.notation import AespaError, NumericalError, tiny_inputs, tiny_weight
+from aespa_nb.rounding import grid_search as gridfit
+from aespa_nb.rounding import hessian
+from aespa_nb.rounding.grid import grouped, minmax_grid
+from aespa_nb.rounding.grid_search import fit_grid, group_hessians, row_loss
+from aespa_nb.rounding.hessian import Gram, damp, quadratic_loss, taylor_change
+from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.notation import tiny_inputs, tiny_weight
 
 quick = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 10_000)

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from aespa_nb.loading import load_model
-from aespa_nb.notation import AespaError
+from aespa_nb.model.checkpoint import load_model
+from aespa_nb.errors import AespaError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

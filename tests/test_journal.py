@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError, quantize_model
-from aespa_nb.aespa import PRESETS, report_rows
+from aespa_nb.quantize.config import PRESETS
+from aespa_nb.quantize.report import report_rows
 from aespa_nb import journal as module
-from aespa_nb.journal import FINISHED, UNFINISHED, check_free, complete_folder, unfinished_config
-from aespa_nb.journal import differences, locked, open_journal, write_file, write_json
+from aespa_nb.quantize.journal import FINISHED, UNFINISHED, check_free, complete_folder, unfinished_config
+from aespa_nb.quantize.journal import differences, locked, open_journal, write_file, write_json
 from models import MODELS, small
 
 TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -152,7 +153,7 @@ def test_other_versions_are_told(tmp_path):
 
 def test_a_folder_has_one_writer(tmp_path):
     with locked(tmp_path):
-        code = "import sys, pathlib\nfrom aespa_nb.journal import locked\nwith locked(pathlib.Path(sys.argv[1])): pass"
+        code = "import sys, pathlib\nfrom aespa_nb.quantize.journal import locked\nwith locked(pathlib.Path(sys.argv[1])): pass"
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode and "another process works in" in done.stderr
     with locked(tmp_path):
@@ -160,7 +161,7 @@ def test_a_folder_has_one_writer(tmp_path):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = "import os, sys, pathlib\nfrom aespa_nb.journal import locked\n"
+    code = "import os, sys, pathlib\nfrom aespa_nb.quantize.journal import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
     with locked(tmp_path):
@@ -169,7 +170,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 @pytest.mark.parametrize("at", range(3))
 def test_a_full_disk_at_each_write_loses_nothing(tmp_path, monkeypatch, at):
-    from aespa_nb import journal
+    from aespa_nb.quantize import journal
 
     plain, writes = run(preset="gptq"), []
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError, quantize_model
-from aespa_nb.loading import give_back, in_file, load_model, resident, save_model, to_file, working_on
+from aespa_nb.model.checkpoint import load_model, save_model
+from aespa_nb.model.memory import give_back, in_file, resident, to_file, working_on
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -143,7 +144,8 @@ def test_giving_back_frees_pages_and_keeps_changes(tmp_path):
 
 WALK = """
 import sys, torch
-from aespa_nb.loading import load_model, resident, save_model, working_on
+from aespa_nb.model.checkpoint import load_model, save_model
+from aespa_nb.model.memory import resident, working_on
 start = resident().peak
 model, _ = load_model(sys.argv[1])
 for block in model.model.layers:

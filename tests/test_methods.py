@@ -8,10 +8,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from aespa_nb import AespaConfig, quantize_model
-from aespa_nb.aespa import METHODS, SOLVERS, report_rows
-from aespa_nb.gptq import gptq
-from aespa_nb.notation import AespaError, NumericalError, UnsupportedModelError
-from aespa_nb.tune import Rounded
+from aespa_nb.quantize.config import METHODS, SOLVERS
+from aespa_nb.quantize.report import report_rows
+from aespa_nb.rounding.gptq import gptq
+from aespa_nb.errors import AespaError, NumericalError, UnsupportedModelError
+from aespa_nb.model.block_tuning import Rounded
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 TOKENS = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))

@@ -11,16 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError, cli, quantize_model
-from aespa_nb.aespa import PRESETS
-from aespa_nb.attention import Rotations
-from aespa_nb.bench import random_tokens
-from aespa_nb.capture import BlockStream, capturing
+from aespa_nb.quantize.config import PRESETS
+from aespa_nb.attention.forward import Rotations
+from aespa_nb.experiments.cost import random_tokens
+from aespa_nb.model.capture import capturing
+from aespa_nb.model.stream import BlockStream
 from aespa_nb.cli import main
-from aespa_nb.export import export_model, write_checkpoint
-from aespa_nb.gaussnewton import GaussNewtonStatistics, out_of_memory
-from aespa_nb.loading import block_need, explaining_memory, load_model
-from aespa_nb.notation import UnsupportedModelError
-from aespa_nb.plan import (
+from aespa_nb.export.checkpoint import export_model, write_checkpoint
+from aespa_nb.attention.gauss_newton import GaussNewtonStatistics, out_of_memory
+from aespa_nb.model.checkpoint import load_model
+from aespa_nb.model.memory import block_need, explaining_memory
+from aespa_nb.errors import UnsupportedModelError
+from aespa_nb.experiments.plan import (
     Plan,
     Row,
     Stage,

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aespa_nb.attention import causal_mask, rope_cos_sin, rope_matrices
-from aespa_nb.notation import AespaError, NumericalError
-from aespa_nb.precompute import AttentionStatistics, KroneckerLoss, mean_rotated
-from aespa_nb.relax import AttentionBlock, refined_v_loss
+from aespa_nb.attention.forward import causal_mask, rope_cos_sin, rope_matrices
+from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.attention.kronecker_losses import AttentionStatistics, KroneckerLoss, mean_rotated
+from aespa_nb.attention.block_error import AttentionBlock, refined_v_loss
 
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 float64 = torch.float64

@@ -38,8 +38,8 @@ class Hiding:
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-import aespa_nb, aespa_nb.cli, aespa_nb.bench, aespa_nb.comparison
-from aespa_nb.export import export_model, read_quantized
+import aespa_nb, aespa_nb.cli, aespa_nb.experiments.cost, aespa_nb.experiments.comparison
+from aespa_nb.export.checkpoint import export_model, read_quantized
 sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
 model, tokens = LlamaForCausalLM(LlamaConfig(**sizes)), torch.randint(0, 64, (4, 16))
 for preset in ("best", "max", "omniquant"):

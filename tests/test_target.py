@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 from torch.testing import assert_close
 
-from aespa_nb import target
-from aespa_nb.hessian import Gram, quadratic_loss
-from aespa_nb.notation import AespaError, NumericalError, tiny_inputs, tiny_weight
-from aespa_nb.target import PairedGram, best_share, drift_map, full_precision_target
+from aespa_nb.rounding import target
+from aespa_nb.rounding.hessian import Gram, quadratic_loss
+from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.notation import tiny_inputs, tiny_weight
+from aespa_nb.rounding.target import PairedGram, best_share, drift_map, full_precision_target
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 10_000)

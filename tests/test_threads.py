@@ -7,7 +7,7 @@ import pytest
 import torch
 from aespa_nb import AespaConfig, quantize_model
 from aespa_nb.cli import main
-from aespa_nb.data import load_reference
+from aespa_nb.data.text import load_reference
 
 
 @pytest.fixture(params=[1, 2])

@@ -112,12 +112,12 @@ def test_readme_shows_the_figure_and_links_to_the_site(repo):
 @pytest.mark.parametrize(
     ("module", "source", "complaint"),
     [
-        ("grid", "from aespa_nb.gptq import gptq", "grid imports gptq, which stands above"),
+        ("grid", "from aespa_nb.rounding.gptq import gptq", "grid imports gptq, which stands above"),
         ("grid", "from .gptq import gptq", "grid imports gptq, which stands above"),
-        ("grid", "import aespa_nb.gptq", "grid imports gptq, which stands above"),
+        ("grid", "import aespa_nb.rounding.gptq", "grid imports gptq, which stands above"),
         ("grid", "def f():\n    from aespa_nb import gptq", "grid imports gptq, which stands above"),
-        ("grid", "from aespa_nb.grid import Grid", "grid imports grid, which stands above"),
-        ("gptq", "from aespa_nb.grid import *", "star import"),
+        ("grid", "from aespa_nb.rounding.grid import Grid", "grid imports grid, which stands above"),
+        ("gptq", "from aespa_nb.rounding.grid import *", "star import"),
         ("gptq", "from math import *", "star import"),
         ("gptq", "from aespa_nb import quantize_model", "not on the ladder"),
         ("nowhere", "x = 1", "not on the ladder"),
@@ -134,8 +134,8 @@ def test_ladder_refuses(tmp_path, tool, module, source, complaint):
 def test_ladder_accepts_imports_from_below(tmp_path, tool):
     library = tmp_path / "aespa_nb"
     library.mkdir()
-    (library / "gptq.py").write_text("import torch\nfrom aespa_nb.grid import Grid\nfrom aespa_nb import __version__\n")
-    (library / "__init__.py").write_text("from aespa_nb.gptq import gptq\n")
+    (library / "gptq.py").write_text("import torch\nfrom aespa_nb.rounding.grid import Grid\nfrom aespa_nb import __version__\n")
+    (library / "__init__.py").write_text("from aespa_nb.rounding.gptq import gptq\n")
     assert list(tool("check_ladder").problems(library)) == []
 
 

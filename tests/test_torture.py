@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError
-from aespa_nb.aespa import _check_fits, _round_safely, check_model
-from aespa_nb.grid import minmax_grid
-from aespa_nb.notation import NumericalError
-from aespa_nb.precompute import KroneckerLoss
+from aespa_nb.quantize.block import _check_fits
+from aespa_nb.quantize.layer import _round_safely
+from aespa_nb.quantize.model import check_model
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.errors import NumericalError
+from aespa_nb.attention.kronecker_losses import KroneckerLoss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import torture  # noqa: E402
@@ -83,7 +85,7 @@ def test_an_indefinite_hessian_is_damped_in_visible_steps(lowest, how):
 def test_a_solution_worse_than_round_to_nearest_is_dropped(monkeypatch):
     W, H, zeta, config = problem()
     bad = lambda W, loss, zeta, config, target: (0 * W, minmax_grid(W, 3), 1.0, 9.0)
-    monkeypatch.setattr("aespa_nb.aespa.round_layer", bad)
+    monkeypatch.setattr("aespa_nb.quantize.layer.round_layer", bad)
     notes = []
     W_hat, grid, rtn, loss, _ = _round_safely("x", W, KroneckerLoss(H), zeta, config, W, notes)
     assert torch.equal(W_hat, minmax_grid(W, 3).round(W)) and loss == rtn and "rounded to nearest" in notes[0]
@@ -95,7 +97,7 @@ def test_without_a_solution_the_layer_is_rounded_to_nearest(monkeypatch):
     def fails(*args):
         raise NumericalError("no: never")
 
-    monkeypatch.setattr("aespa_nb.aespa.round_layer", fails)
+    monkeypatch.setattr("aespa_nb.quantize.layer.round_layer", fails)
     notes = []
     W_hat, *_ = _round_safely("x", W, KroneckerLoss(H), 2 * zeta, config, W, notes)
     assert torch.equal(W_hat, minmax_grid(W, 3).round(W)) and notes == ["x: no damping helped: rounded to nearest"]

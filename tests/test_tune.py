@@ -13,11 +13,12 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from aespa_nb.capture import BlockStream, stacks_of
-from aespa_nb.families import linears_of
-from aespa_nb.grid import minmax_grid
-from aespa_nb.notation import AespaError, NumericalError
-from aespa_nb.tune import Scales, block_error, learn_block, norm_weights, tune_scales
+from aespa_nb.model.blocks import stacks_of
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.model.blocks import linears_of
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.model.block_tuning import Scales, block_error, learn_block, norm_weights, tune_scales
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=32)
 KINDS = {

@@ -9,10 +9,10 @@ from jaxtyping import jaxtyped
 from torch.testing import assert_close
 
 from aespa_nb import zfold as module
-from aespa_nb.gridfit import fit_grid
-from aespa_nb.hessian import damp, quadratic_loss
-from aespa_nb.notation import AespaError
-from aespa_nb.zfold import scale_hessian, solve_zeta, zfold
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.rounding.hessian import damp, quadratic_loss
+from aespa_nb.errors import AespaError
+from aespa_nb.rounding.zfold import scale_hessian, solve_zeta, zfold
 
 quick = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 10_000)

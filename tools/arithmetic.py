@@ -1,4 +1,4 @@
-"""The same run with other arithmetic, for chapter 51, to nbs/runs/arithmetic.json: half an hour on one core.
+"""The same run with other arithmetic, for the chapter on faults, to nbs/runs/arithmetic.json: half an hour on one core.
 
 A processor with wider registers, or a GPU, adds the same numbers in another order. Here a run is repeated with the
 instructions of older and newer x86-64 processors, with statistics and solving in double precision, and on other
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
-from aespa_nb.journal import write_json
+from aespa_nb.quantize.journal import write_json
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 

@@ -1,7 +1,7 @@
 """How much memory a checkpoint takes that is quantized in fresh processes: held in memory, and mapped.
 
     python tools/big_checkpoint.py FOLDER            2 GB of random weights, rtn; prints numbers
-    python tools/big_checkpoint.py FOLDER --write    also into nbs/runs/loading.json, which chapter 12b draws
+    python tools/big_checkpoint.py FOLDER --write    also into nbs/runs/loading.json, which the chapter on memory draws
 
 FOLDER keeps the checkpoint for the next time; it and the temporary folder (TMPDIR) need three times the size on disk.
 """
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from aespa_nb import AespaConfig, quantize_model
-from aespa_nb.loading import load_model, resident, save_model
+from aespa_nb.model.checkpoint import load_model, save_model
+from aespa_nb.model.memory import resident
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""The measurements behind chapter 14b, to nbs/runs/bits.json: an hour on one core. Runs on record are not repeated.
+"""The measurements behind the chapter on bit allocation, to nbs/runs/bits.json: an hour on one core. Runs on record are not repeated.
 
 An average of bits, shared out by `allocate_bits`, on the bundled model: 64 calibration sequences, first 128 held-out
 windows, as in tools/campaign.py. A whole number is run uniformly too, unless the campaign has done so.
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
-from aespa_nb.bits import allocate_bits, predicted_losses
-from aespa_nb.families import weight_of
+from aespa_nb.quantize.bit_allocation import allocate_bits, predicted_losses
+from aespa_nb.model.blocks import weight_of
 from campaign import SAMPLES, WINDOWS, load
 
 RESULTS = Path("nbs/runs/bits.json")

@@ -20,16 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
-from aespa_nb.adaround import adaround
-from aespa_nb.aespa import block_losses
-from aespa_nb.attention import causal_mask, rope_cos_sin
-from aespa_nb.capture import BlockStream, capturing
-from aespa_nb.journal import write_json
-from aespa_nb.descent import descend
-from aespa_nb.gptq import gptq
-from aespa_nb.gridfit import fit_grid
-from aespa_nb.precompute import AttentionStatistics
-from aespa_nb.relax import AttentionBlock, refined_v_loss
+from aespa_nb.rounding.adaround import adaround
+from aespa_nb.quantize.model import block_losses
+from aespa_nb.attention.forward import causal_mask, rope_cos_sin
+from aespa_nb.model.capture import capturing
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.quantize.journal import write_json
+from aespa_nb.rounding.descent import descend
+from aespa_nb.rounding.gptq import gptq
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.attention.kronecker_losses import AttentionStatistics
+from aespa_nb.attention.block_error import AttentionBlock, refined_v_loss
 
 RESULTS, LAYERS, PRECOMPUTE = (Path(f"nbs/runs/{name}.json") for name in ("campaign", "layers", "precompute"))
 SAMPLES, WINDOWS = 64, 128

@@ -3,7 +3,7 @@
     python tools/check_plan.py                    every preset, on the bundled model and on one ten times larger
     python tools/check_plan.py --presets gptq     some of them
 
-Writes nbs/runs/plan.json, which chapter 31b shows; runs that it holds already are not done again.
+Writes nbs/runs/plan.json, which the chapter on planning a run shows; runs that it holds already are not done again.
 """
 
 import argparse

@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 import transformers as hf
 from aespa_nb import AespaConfig, AespaError, quantize_model
-from aespa_nb.attention import repeat_kv
-from aespa_nb.capture import BlockStream, Watch, capturing, listening, stacks_of
-from aespa_nb.families import kind_of, linears_of, weight_of
-from aespa_nb.losses import block_losses, survey
+from aespa_nb.attention.forward import repeat_kv
+from aespa_nb.model.blocks import stacks_of
+from aespa_nb.model.capture import Watch, capturing, listening
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.model.blocks import kind_of, linears_of, weight_of
+from aespa_nb.model.statistics import block_losses, survey
 
 STORED = Path("nbs/runs/families.json")
 PLAIN = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from aespa_nb.cli import load_model, main
-from aespa_nb.journal import UNFINISHED, unfinished_config, write_json
+from aespa_nb.quantize.journal import UNFINISHED, unfinished_config, write_json
 from rich.progress import track
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -28,7 +28,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISAB
 
 import torch  # noqa: E402
 from aespa_nb.cli import load_model, main  # noqa: E402
-from aespa_nb.loading import resident  # noqa: E402
+from aespa_nb.model.memory import resident  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Run notebooks, each in a kernel of its own.
 
-    python tools/run_nbs.py nbs/04_gptq.ipynb   write the outputs into the notebook
+    python tools/run_nbs.py nbs/rounding/13_gptq.ipynb   write the outputs into the notebook
     python tools/run_nbs.py --check             run all, compare with the stored outputs, write nothing
 
 Stored outputs come out the same on every run: seeds are the notebooks' own, everything else is pinned here but the

@@ -1,4 +1,4 @@
-"""How long statistics and solving take with 1, 2 and 4 processes, one thread each; the numbers of chapter 16.
+"""How long statistics and solving take with 1, 2 and 4 processes, one thread each; the numbers of the chapter on several processes.
 
     python tools/scale.py [--ranks 1 2 4] [--samples 32] [--blocks 1]
 
@@ -21,8 +21,8 @@ from unittest import mock
 
 import torch
 from aespa_nb import AespaConfig, load_reference, quantize_model
-from aespa_nb.bench import TOKEN_PHASES, Meter, _wrapped, metering
-from aespa_nb.distributed import ShareSum, Team, joined
+from aespa_nb.experiments.cost import TOKEN_PHASES, Meter, _wrapped, metering
+from aespa_nb.model.team import ShareSum, Team, joined
 from transformers.utils.logging import disable_progress_bar
 
 RESULTS = Path("nbs/runs/scale.json")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from aespa_nb import AespaConfig, load_reference
-from aespa_nb.cli import compare_presets
-from aespa_nb.data import calibration_windows
+from aespa_nb.experiments.results import compare_presets
+from aespa_nb.data.text import calibration_windows
 
 RESULTS = Path("nbs/runs/texts.json")
 PRESETS = ("rtn", "gptq", "adaround", "aespa", "best")

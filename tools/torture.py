@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import transformers as hf
 from aespa_nb import AespaConfig, AespaError, quantize_model
-from aespa_nb.aespa import PRESETS
-from aespa_nb.capture import stacks_of
-from aespa_nb.families import linears_of, weight_of
+from aespa_nb.quantize.config import PRESETS
+from aespa_nb.model.blocks import stacks_of
+from aespa_nb.model.blocks import linears_of, weight_of
 
 STORED = Path("nbs/runs/torture.json")
 TOLERANCE = 0.02

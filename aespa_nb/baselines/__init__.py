@@ -1,1 +1,0 @@
-"""Rival methods under one interface: `name(task: BlockTask, <options>) -> dict[str, Rounded]`."""

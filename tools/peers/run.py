@@ -160,8 +160,8 @@ def score(checkpoint, args):
 
 def check(weights, model, bits, group_size):
     "Exactly the linears of the blocks are rounded, each to at most 2**bits levels in a row's group."
-    from aespa_nb.capture import stacks_of
-    from aespa_nb.families import linears_of
+    from aespa_nb.model.blocks import stacks_of
+    from aespa_nb.model.blocks import linears_of
 
     known = set(model.state_dict())
     blocks = {f"{path}.{i}": block for path in stacks_of(model) for i, block in enumerate(model.get_submodule(path))}
