@@ -46,7 +46,7 @@ from .experiments.plan import begun, plan_run, plan_text, run_trial, staged, try
 from .experiments.results import _row, _svg, compare_presets, results_table, write_results
 from .export.checkpoint import Exported, export_model, read_quantized, write_checkpoint
 from .export.formats import FORMATS, check_format
-from .model.memory import load_model as load_checkpoint
+from .model.checkpoint import load_model as load_checkpoint
 from .model.team import ALONE, Team, joined, speaks_first
 from .plots import plot_layers, use_style
 from .quantize.bit_allocation import CHOICES, auto_bits, bits_text, check_budget
@@ -526,7 +526,7 @@ def _add_recipe(p, out: str, default: str | None = None) -> None:
 def _add_shared(p, out: str | None = None) -> None:
     "Options of every command that quantizes once."
     _add_text(p)
-    p.add_argument("--group-size", type=int, help="inputs that share a step (default: the whole row)")
+    p.add_argument("--group-size", type=int, help="inputs that share a scale (default: the whole row)")
     p.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows (default: 0)")
     _add_recipe(p, "folder to write; must not exist or be empty", out)
 
@@ -600,7 +600,7 @@ def _add_compare(commands) -> None:
     _add_model(p)
     p.add_argument("--presets", nargs="+", default=list(PRESETS), help=f"of {', '.join(PRESETS)} (default: all)")
     p.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="bit-widths (default: %(default)s)")
-    p.add_argument("--group-sizes", type=int, nargs="+", default=[0], help="inputs that share a step; 0: the whole row")
+    p.add_argument("--group-sizes", type=int, nargs="+", default=[0], help="inputs that share a scale; 0: the whole row")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws its calibration windows (default: 0)")
     _add_keep(p)
     _add_text(p)
@@ -629,7 +629,7 @@ def _add_bench(commands) -> None:
     p.add_argument("--preset", default="best", help=f"one of {', '.join(PRESETS)} (default: best)")
     p.add_argument("--samples", type=int, default=8, help="sequences (default: %(default)s)")
     p.add_argument("--seqlen", type=int, help="tokens in a sequence (default: the model's length, at most 2048)")
-    p.add_argument("--group-size", type=int, help="inputs that share a step (default: the whole row)")
+    p.add_argument("--group-size", type=int, help="inputs that share a scale (default: the whole row)")
     p.add_argument("--iterations", type=int, help="Adam steps per layer (default: 2000)")
     p.add_argument("--device", help="where blocks are worked on, e.g. cuda (default: cpu)")
     p.set_defaults(run=_bench, symmetric=None, seed=0)

@@ -15,10 +15,10 @@ from torch import Tensor
 from .errors import AespaError
 
 # %% ../nbs/start/01_notation.ipynb #d4f6ca63
-Weight = Float[Tensor, "*heads out inp"]  # W, dW, W_hat, and the codes W_int
+Weight = Float[Tensor, "*heads out inp"]  # W, dW, W_hat, and the codes
 Inputs = Float[Tensor, "*batch inp tok"]  # X: columns are tokens
 Hessian = Float[Tensor, "*heads inp inp"]  # H, H_v: symmetric
-PerGroup = Float[Tensor, "*heads out groups"]  # step, zero: one number per row and group of inputs
+PerGroup = Float[Tensor, "*heads out groups"]  # scale, zero: one number per row and group of inputs
 Loss = Float[Tensor, ""]  # a scalar
 
 # %% ../nbs/start/01_notation.ipynb #e17d0aab

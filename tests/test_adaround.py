@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 from torch.testing import assert_close
 
-from aespa_nb import adaround as module
+from aespa_nb.rounding import adaround as module
 from aespa_nb.rounding.adaround import (
     adaround,
     beta_schedule,
@@ -58,8 +58,8 @@ def test_start_is_the_weight_itself(seed, bits, group_size):
     grid = minmax_grid(W * 0.8, bits, group_size)
     base, round_logit = relaxed_start(W, grid)
     h = rectified_sigmoid(round_logit)
-    step, zero = grid.expand(W.shape[-1])
-    code = W / step + zero
+    scale, zero = grid.expand(W.shape[-1])
+    code = W / scale + zero
     inside = (code > 0) & (code < grid.max_code) & ((code - code.round()).abs() > 1e-5)
     assert_close((base + h)[inside], code[inside], rtol=0, atol=1e-12)
     assert_close(base + h, code.clamp(0, grid.max_code), rtol=0, atol=2e-6)
@@ -87,12 +87,12 @@ def test_schedule():
 
 def autograd_form(W, grid, loss, start, iterations, loss_scale, weight):
     "The whole loop with autograd, as in the chapter."
-    (base, V), (step, zero) = relaxed_start(start, grid), grid.expand(W.shape[-1])
-    scale = loss_scale * W.numel() / loss(grid.round(W) - W)
+    (base, V), (scale, zero) = relaxed_start(start, grid), grid.expand(W.shape[-1])
+    factor = loss_scale * W.numel() / loss(grid.round(W) - W)
     adam = torch.optim.Adam([V.requires_grad_()], lr=0.015)
     for i in range(iterations):
         h = rectified_sigmoid(V)
-        total = scale * loss(step * (base + h - zero) - W)
+        total = factor * loss(scale * (base + h - zero) - W)
         beta = beta_schedule(i / iterations)
         total = total if beta is None else total + weight * rounding_penalty(h, beta)
         adam.zero_grad()

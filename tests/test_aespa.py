@@ -57,8 +57,8 @@ def test_every_preset_on_every_kind(kind, preset):
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
     assert set(report.layers) == linears
     for name, r in report.layers.items():
-        assert r.W_int.max() <= 7
-        assert torch.allclose(r.grid.values(r.W_int.float()) * r.zeta, model.get_submodule(name).weight, atol=1e-6)
+        assert r.codes.max() <= 7
+        assert torch.allclose(r.grid.values(r.codes.float()) * r.zeta, model.get_submodule(name).weight, atol=1e-6)
         assert not torch.equal(before[name + ".weight"], model.get_submodule(name).weight)
     tuned = {k for k in before if "norm" in k and k.endswith("weight") and report.config.tuning}
     untouched = {k for k in before if k.removesuffix(".weight") not in linears} - tuned
@@ -72,7 +72,7 @@ def test_zeta_is_part_of_the_weight(kind):
     report = quantize_model(model, TOKENS, quick("gptq", zfold=True))
     assert any((r.zeta != 1).any() for r in report.layers.values())
     for name, r in report.layers.items():
-        assert torch.allclose(r.grid.values(r.W_int.float()) * r.zeta, model.get_submodule(name).weight, atol=1e-6)
+        assert torch.allclose(r.grid.values(r.codes.float()) * r.zeta, model.get_submodule(name).weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +98,7 @@ def test_batch_size_changes_nothing_but_rounding_errors():
         for b in (1, 8)
     ]
     for a, b in zip(reports[0].layers.values(), reports[1].layers.values()):
-        assert torch.equal(a.W_int, b.W_int)
+        assert torch.equal(a.codes, b.codes)
 
 
 @pytest.mark.parametrize("group_size, symmetric", [(8, False), (16, True), (None, True)])
@@ -106,7 +106,7 @@ def test_groups_and_symmetric_grids(group_size, symmetric):
     report = quantize_model(build("llama"), TOKENS, quick(group_size=group_size, symmetric=symmetric))
     for r in report.layers.values():
         inp = r.weight.shape[1]
-        assert r.grid.step.shape == (r.weight.shape[0], 1 if group_size is None else inp // group_size)
+        assert r.grid.scale.shape == (r.weight.shape[0], 1 if group_size is None else inp // group_size)
         assert not symmetric or (r.grid.zero == 4).all()
 
 
@@ -116,7 +116,7 @@ def test_half_precision_models_keep_their_dtype_and_their_codes(dtype):
     report = quantize_model(model, TOKENS, quick("aespa", bits=4))
     assert {p.dtype for p in model.parameters()} == {dtype}
     for r in report.layers.values():
-        weight = r.grid.values(r.W_int.float()) * r.zeta
+        weight = r.grid.values(r.codes.float()) * r.zeta
         assert torch.equal(weight.to(dtype), r.weight)
 
 
@@ -266,7 +266,7 @@ def test_kept_layers_have_their_own_bits():
     assert torch.equal(model.model.decoder.layers[0].fc1.weight, before)
     bits = {name: r.grid.bits for name, r in report.layers.items()}
     assert bits == {n: 5 if "fc2" in n else 3 for n in bits} and "model.decoder.layers.0.fc1" not in bits
-    assert all(r.W_int.max() < 2**r.grid.bits for r in report.layers.values())
+    assert all(r.codes.max() < 2**r.grid.bits for r in report.layers.values())
     with pytest.raises(AespaError, match="no linear's name"):
         quantize_model(model, TOKENS, quick(keep={"down_proj": 4}))
 

@@ -67,11 +67,11 @@ def check_codes(task, rounded):
     assert rounded.keys() == task.bits.keys()
     for n, (grid, zeta) in rounded.items():
         W = task.block.get_submodule(n).weight
-        step, zero = grid.expand(W.shape[1])
-        codes = W / zeta / step + zero
+        scale, zero = grid.expand(W.shape[1])
+        codes = W / zeta / scale + zero
         assert_close(codes, codes.round(), rtol=0, atol=1e-3)
         assert codes.round().min() >= 0 and codes.round().max() <= grid.max_code
-        assert grid.step.shape[-1] == (W.shape[1] // task.group_size if task.group_size else 1)
+        assert grid.scale.shape[-1] == (W.shape[1] // task.group_size if task.group_size else 1)
         assert not task.symmetric or (grid.zero == 2 ** (grid.bits - 1)).all()
 
 
@@ -208,7 +208,7 @@ def test_the_preset_rounds_a_model(kind):
     report = quantize_model(model, TOKENS, AespaConfig.preset("affinequant", 3, iterations=5))
     assert len(report.layers) == sum(len(linears_of(b)) for b in model.get_submodule(stacks_of(model)[0]))
     for r in report.layers.values():
-        assert_close(r.grid.values(r.W_int.float()) * r.zeta, r.weight, rtol=1e-4, atol=1e-5)
+        assert_close(r.grid.values(r.codes.float()) * r.zeta, r.weight, rtol=1e-4, atol=1e-5)
     assert torch.isfinite(model(TOKENS).logits).all()
 
 

@@ -74,7 +74,7 @@ def test_clipping_alone_is_the_grid_search(task):
     (inputs,) = read_inputs(t, [group])
     expected = fit_grid(weight(t, "fc1"), inputs.gram.mean(), 2, n_clip=20, min_clip=0.5)
     found = awq(t, **NO_SCALES)["fc1"].grid
-    assert_close(found.step, expected.step) and assert_close(found.zero, expected.zero)
+    assert_close(found.scale, expected.scale) and assert_close(found.zero, expected.zero)
 
 
 @pytest.mark.parametrize("divide", [False, True])
@@ -169,11 +169,11 @@ def test_weights_are_on_their_grids(task, bits, group_size, symmetric):
     assert rounded.keys() == t.bits.keys()
     for n, (grid, zeta) in rounded.items():
         W = weight(t, n)
-        step, zero = grid.expand(W.shape[1])
-        codes = W / zeta / step + zero
+        scale, zero = grid.expand(W.shape[1])
+        codes = W / zeta / scale + zero
         assert_close(codes, codes.round(), rtol=0, atol=1e-3)
         assert codes.round().min() >= 0 and codes.round().max() <= 2**bits - 1 == grid.max_code
-        assert grid.step.shape[1] == (W.shape[1] // group_size if group_size else 1) and (zeta > 0).all()
+        assert grid.scale.shape[1] == (W.shape[1] // group_size if group_size else 1) and (zeta > 0).all()
         assert not symmetric or (grid.zero == 2 ** (bits - 1)).all()
     for _, names in zeta_groups(t.model):
         assert all(torch.equal(rounded[names[0]].zeta, rounded[n].zeta) for n in names)
@@ -211,5 +211,5 @@ def test_the_preset(kind):
     )
     assert len(report.layers) == (12 if kind == "llama" else 10)
     for r in report.layers.values():
-        assert_close(r.grid.values(r.W_int.to(r.grid.step)) * r.zeta, r.weight, rtol=1e-4, atol=1e-5)
+        assert_close(r.grid.values(r.codes.to(r.grid.scale)) * r.zeta, r.weight, rtol=1e-4, atol=1e-5)
         assert 0 < r.loss < r.loss_rtn

@@ -1,4 +1,4 @@
-"BoA: the Kronecker system solved by brute force, the limit of GPTQ, blocks of rows, steps, and whole models."
+"BoA: the Kronecker system solved by brute force, the limit of GPTQ, blocks of rows, scales, and whole models."
 
 import pytest
 import torch
@@ -35,8 +35,8 @@ class Problem:
         self.grid = fit_grid(self.W, self.H, bits, group_size)
         self.fit = lambda W: fit_grid(W, self.H, bits, group_size)
 
-    def loss(self, W_int, grid):
-        return float(KroneckerLoss(self.H, self.G)(grid.values(W_int) - self.W))
+    def loss(self, codes, grid):
+        return float(KroneckerLoss(self.H, self.G)(grid.values(codes) - self.W))
 
     def solve(self, **options) -> BoaResult:
         return boa(self.W, self.H, self.grid, self.G, **{"rounds": 0, **options})
@@ -45,11 +45,11 @@ class Problem:
 def brute(W, H, G, grid, order):
     "Weight by weight: those still free are set to the solution of their least-squares problem."
     K, goal, now = torch.kron(G, H), W.flatten(), W.flatten().clone()
-    step, zero = (t.flatten() for t in grid.expand(W.shape[1]))
+    scale, zero = (t.flatten() for t in grid.expand(W.shape[1]))
     codes = torch.empty_like(now)
     for k, p in enumerate(order):
-        codes[p] = (torch.round(now[p] / step[p]) + zero[p]).clamp(0, grid.max_code)
-        now[p] = step[p] * (codes[p] - zero[p])
+        codes[p] = (torch.round(now[p] / scale[p]) + zero[p]).clamp(0, grid.max_code)
+        now[p] = scale[p] * (codes[p] - zero[p])
         done, free = order[: k + 1], order[k + 1 :]
         error = now[done] - goal[done]
         now[free] = goal[free] - torch.linalg.solve(K[free][:, free], K[free][:, done] @ error)
@@ -63,16 +63,16 @@ def test_every_free_weight_stands_at_the_least_squares_solution(seed, by_rows):
     rows, cols = p.W.shape[1:]
     order = torch.arange(rows * cols).view(rows, cols)
     order = (order if by_rows else order.T).flatten()
-    found = p.solve(act_order=False, block_size=4).W_int[0]
-    assert torch.equal(found, brute(p.W[0], p.H[0], p.G[0], Grid(2, p.grid.step[0], p.grid.zero[0]), order))
+    found = p.solve(act_order=False, block_size=4).codes[0]
+    assert torch.equal(found, brute(p.W[0], p.H[0], p.G[0], Grid(2, p.grid.scale[0], p.grid.zero[0]), order))
 
 
 def test_costly_rows_and_columns_come_first():
     p = Problem(heads=1)
     a, b = (M[0].diagonal().argsort(descending=True) for M in (p.G, p.H))
     order = (a[:, None] * len(b) + b).flatten()
-    grid = Grid(2, p.grid.step[0], p.grid.zero[0])
-    assert torch.equal(p.solve().W_int[0], brute(p.W[0], p.H[0], p.G[0], grid, order))
+    grid = Grid(2, p.grid.scale[0], p.grid.zero[0])
+    assert torch.equal(p.solve().codes[0], brute(p.W[0], p.H[0], p.G[0], grid, order))
 
 
 @pytest.mark.parametrize("each", [True, False])
@@ -80,26 +80,26 @@ def test_costly_rows_and_columns_come_first():
 @pytest.mark.parametrize("act_order", [True, False])
 def test_without_coupled_rows_it_is_gptq(each, group_size, act_order):
     p = Problem(3, 8, 24, each, group_size=group_size)
-    expected = gptq(p.W, p.H, p.grid, act_order).W_int
+    expected = gptq(p.W, p.H, p.grid, act_order).codes
     p.G = torch.eye(8, dtype=torch.float64)
-    assert torch.equal(p.solve(act_order=act_order, rows=3, block_size=7).W_int, expected)
-    assert torch.equal(boa(p.W, p.H, p.grid, None, rounds=0, act_order=act_order).W_int, expected)
+    assert torch.equal(p.solve(act_order=act_order, rows=3, block_size=7).codes, expected)
+    assert torch.equal(boa(p.W, p.H, p.grid, None, rounds=0, act_order=act_order).codes, expected)
 
 
 @pytest.mark.parametrize("rows, block_size", [(1, 128), (2, 5), (3, 24), (100, 7)])
 def test_rows_in_blocks_equal_row_by_row(rows, block_size):
     p = Problem(3, 8, 24)
-    assert torch.equal(p.solve(rows=rows, block_size=block_size).W_int, p.solve(rows=8).W_int)
+    assert torch.equal(p.solve(rows=rows, block_size=block_size).codes, p.solve(rows=8).codes)
 
 
 def test_heads_do_not_meet():
     p, options = Problem(3, 8, 24), dict(rounds=2, rows=4)
     together = p.solve(fit=p.fit, **options)
     for h in range(3):
-        grid = Grid(2, p.grid.step[h], p.grid.zero[h])
+        grid = Grid(2, p.grid.scale[h], p.grid.zero[h])
         alone = boa(p.W[h], p.H[h], grid, p.G[h], fit=lambda W, h=h: fit_grid(W, p.H[h], 2), **options)
-        assert torch.equal(alone.W_int, together.W_int[h])
-        assert_close(alone.grid.step, together.grid.step[h])
+        assert torch.equal(alone.codes, together.codes[h])
+        assert_close(alone.grid.scale, together.grid.scale[h])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -120,17 +120,17 @@ def test_steps_reach_the_joint_optimum(coupled, group_size):
     p = Problem(2, 4, 16, group_size=group_size)
     codes, G = p.grid.codes(p.W), p.G if coupled else None
     found = refine_steps(p.W, codes, p.grid, p.H, G, rounds=300)
-    units = (codes - p.grid.expand(16)[1]).view(2, 4, p.grid.step.shape[-1], -1)
+    units = (codes - p.grid.expand(16)[1]).view(2, 4, p.grid.scale.shape[-1], -1)
     for h in range(2):
-        eye = torch.block_diag(*units[h].flatten(0, 1).split(1))  # a step is a linear unknown
+        eye = torch.block_diag(*units[h].flatten(0, 1).split(1))  # a scale is a linear unknown
         columns = [torch.zeros(4, 16, dtype=torch.float64) for _ in eye]
         for k, E in enumerate(columns):
             E.view(-1)[:] = eye[k]
         K = torch.kron(p.G[h] if coupled else torch.eye(4).double(), p.H[h])
         B = torch.stack([E.flatten() for E in columns])
-        best = torch.linalg.solve(B @ K @ B.T, B @ K @ p.W[h].flatten()).view_as(found.step[h])
-        if (best > 0.2 * p.grid.step[h]).all():
-            assert_close(found.step[h], best, rtol=1e-4, atol=1e-6)
+        best = torch.linalg.solve(B @ K @ B.T, B @ K @ p.W[h].flatten()).view_as(found.scale[h])
+        if (best > 0.2 * p.grid.scale[h]).all():
+            assert_close(found.scale[h], best, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -139,21 +139,21 @@ def test_refining_never_hurts_and_steps_stay_positive(seed):
     codes = p.grid.codes(p.W + 0.3 * p.W.flip(-1))
     losses = [p.loss(codes, refine_steps(p.W, codes, p.grid, p.H, p.G, rounds=k)) for k in range(5)]
     assert all(b <= a * (1 + 1e-12) for a, b in zip(losses, losses[1:]))
-    assert (refine_steps(p.W, codes, p.grid, p.H, p.G).step > 0).all()
+    assert (refine_steps(p.W, codes, p.grid, p.H, p.G).scale > 0).all()
 
 
 def test_dead_codes_leave_their_steps():
     p = Problem(1, 2, 4)
     codes = p.grid.zero.expand_as(p.W).clone()  # every weight is 0
-    assert torch.equal(refine_steps(p.W, codes, p.grid, p.H, p.G).step, p.grid.step)
+    assert torch.equal(refine_steps(p.W, codes, p.grid, p.H, p.G).scale, p.grid.scale)
 
 
 def test_the_callers_tensors_stay_and_runs_repeat():
     p = Problem(2, 8, 16)
-    kept = [t.clone() for t in (p.W, p.H, p.G, p.grid.step, p.grid.zero)]
+    kept = [t.clone() for t in (p.W, p.H, p.G, p.grid.scale, p.grid.zero)]
     a, b = (p.solve(fit=p.fit, rounds=2, rows=2) for _ in range(2))
-    assert torch.equal(a.W_int, b.W_int) and torch.equal(a.grid.step, b.grid.step)
-    assert all(torch.equal(x, y) for x, y in zip(kept, (p.W, p.H, p.G, p.grid.step, p.grid.zero)))
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.grid.scale, b.grid.scale)
+    assert all(torch.equal(x, y) for x, y in zip(kept, (p.W, p.H, p.G, p.grid.scale, p.grid.zero)))
 
 
 def test_what_does_not_fit_is_refused():
@@ -195,5 +195,5 @@ def test_whole_models(kind, group_size):
     rtn = block_error(block, stream, full.hidden, nearest)
     report = quantize_model(model, TOKENS, AespaConfig.preset("turboboa", 2, group_size=group_size))
     assert block_error(block, stream, full.hidden) < 0.9 * rtn
-    assert all(int(r.W_int.max()) <= 3 for r in report.layers.values())
+    assert all(int(r.codes.max()) <= 3 for r in report.layers.values())
     stream.close(), full.close()

@@ -31,7 +31,7 @@ def test_one_linear_is_adaround():
     dW, size = rounding.relaxed()["0.weight"].detach() - W, quadratic_loss(W, H)
     assert found == pytest.approx(float(quadratic_loss(dW, H) / size), rel=1e-10)
     by_weight = loss_gradient(lambda dW: quadratic_loss(dW, H) / size, dW)[1]
-    by_h, h = by_weight * grid.step, rectified_sigmoid(logit.detach())
+    by_h, h = by_weight * grid.scale, rectified_sigmoid(logit.detach())
     assert_close(logit.grad, logit_gradient(by_h, logit.detach().sigmoid(), h), rtol=1e-9, atol=1e-14)
 
 
@@ -60,14 +60,14 @@ def test_better_than_round_to_nearest_and_on_the_grid(tasks, kind, group_size, s
     assert error(task) < 0.8 * before
     for n, W in weights(task).items():
         grid = rounded[n].grid
-        step, zero = grid.expand(W.shape[1])
-        codes = (W / step + zero).double()
+        scale, zero = grid.expand(W.shape[1])
+        codes = (W / scale + zero).double()
         assert_close(codes, codes.round(), rtol=0, atol=1e-4)
         assert codes.round().amin() >= 0 and codes.round().amax() <= 3 and (rounded[n].zeta == 1).all()
-        assert torch.equal(grid.step, grids[n].step) and torch.equal(grid.zero, grids[n].zero)
+        assert torch.equal(grid.scale, grids[n].scale) and torch.equal(grid.zero, grids[n].zero)
         assert not symmetric or (grid.zero == 2).all()
         within = (old[n] > grid.values(torch.zeros_like(W))) & (old[n] < grid.values(torch.full_like(W, 3)))
-        assert ((W - old[n]).abs() < step * 1.0001)[within].all()  # a neighbour, never further away
+        assert ((W - old[n]).abs() < scale * 1.0001)[within].all()  # a neighbour, never further away
 
 
 def test_same_seed_same_weights(tasks):  # noqa: F811
@@ -87,8 +87,8 @@ def test_the_preset_runs_and_its_codes_read_back():
     report = quantize_model(model, TOKENS, config)
     assert len(report.layers) == 13
     for r in report.layers.values():
-        step, zero = r.grid.expand(r.weight.shape[1])
-        assert_close(r.weight, (r.W_int - zero) * step, rtol=1e-5, atol=1e-6)
+        scale, zero = r.grid.expand(r.weight.shape[1])
+        assert_close(r.weight, (r.codes - zero) * scale, rtol=1e-5, atol=1e-6)
         assert r.loss < r.loss_rtn
 
 

@@ -60,11 +60,11 @@ def check_codes(task, rounded):
     assert rounded.keys() == task.bits.keys()
     for n, (grid, zeta) in rounded.items():
         W = task.block.get_submodule(n).weight
-        step, zero = grid.expand(W.shape[1])
-        codes = W / zeta / step + zero
+        scale, zero = grid.expand(W.shape[1])
+        codes = W / zeta / scale + zero
         assert_close(codes, codes.round(), rtol=0, atol=1e-3)
         assert codes.round().min() >= 0 and codes.round().max() <= grid.max_code == 2 ** task.bits[n] - 1
-        assert (zeta > 0).all() and grid.step.shape[-1] == (W.shape[1] // task.group_size if task.group_size else 1)
+        assert (zeta > 0).all() and grid.scale.shape[-1] == (W.shape[1] // task.group_size if task.group_size else 1)
         assert not task.symmetric or (grid.zero == 2 ** (grid.bits - 1)).all()
 
 
@@ -85,17 +85,17 @@ def test_the_gradient_is_the_one_on_paper():
     clip = LearnedClip(W, 2, logit=0.0)
     gW, g = torch.autograd.grad((clip.round(W) * weigh).sum(), (W, clip.logit))
     share, below, above = 0.5, -W.amin(1), W.amax(1)
-    step = (share * (below + above) / 3)[:, None]
-    zero = (share * below[:, None] / step).round()
-    codes = (W / step).round() + zero
+    scale = (share * (below + above) / 3)[:, None]
+    zero = (share * below[:, None] / scale).round()
+    codes = (W / scale).round() + zero
     low, high = codes < 0, codes > 3
-    by_step = torch.where(low, -zero, torch.where(high, 3 - zero, (W / step).round() - W / step))
-    # at the ends the zero-point counts too: it is share * below / step, rounded
-    by_zero = torch.where(low | high, -step, 0.0)
+    by_step = torch.where(low, -zero, torch.where(high, 3 - zero, (W / scale).round() - W / scale))
+    # at the ends the zero-point counts too: it is share * below / scale, rounded
+    by_zero = torch.where(low | high, -scale, 0.0)
     dstep = torch.stack([below, above]) / 3 * share * (1 - share)  # of sigmoid(0)
-    ideal = share * below / step[:, 0]
+    ideal = share * below / scale[:, 0]
     slope = below * share * (1 - share)  # of the learned end below
-    dzero = torch.stack([slope - ideal * dstep[0], -ideal * dstep[1]]) / step[:, 0]
+    dzero = torch.stack([slope - ideal * dstep[0], -ideal * dstep[1]]) / scale[:, 0]
     expected = dstep * (weigh * by_step).sum(1) + dzero * (weigh * by_zero).sum(1)
     assert_close(g[..., 0], expected)
     inner = ~(low | high) & (W != W.amin(1, True)) & (W != W.amax(1, True))
@@ -205,7 +205,7 @@ def test_the_preset_rounds_a_model(kind):
     report = quantize_model(model, TOKENS, config)
     assert len(report.layers) == sum(len(linears_of(b)) for b in model.get_submodule(stacks_of(model)[0]))
     for name, r in report.layers.items():
-        assert_close(r.grid.values(r.W_int.float()) * r.zeta, r.weight, rtol=1e-4, atol=1e-5)
+        assert_close(r.grid.values(r.codes.float()) * r.zeta, r.weight, rtol=1e-4, atol=1e-5)
         assert r.grid.bits == (4 if ".0." in name else 3)
     with capturing(model), torch.no_grad():
         assert (model(TOKENS).logits - whole(TOKENS).logits).abs().max() > 0

@@ -1,4 +1,4 @@
-"SignRound: offsets, clipping factors and signed steps; its limits, brute force, and what is refused."
+"SignRound: offsets, clipping factors and signed scales; its limits, brute force, and what is refused."
 
 import itertools
 
@@ -75,9 +75,9 @@ def test_it_starts_at_round_to_nearest(group_size, symmetric):
     W = tiny_weight(8, 16)
     W[0] = 0
     W[1] = W[1].abs()
-    W_hat, step, zero = _weight(LearnedRounding(W, 3, group_size, symmetric))
+    W_hat, scale, zero = _weight(LearnedRounding(W, 3, group_size, symmetric))
     grid = minmax_grid(W, 3, group_size, symmetric)
-    assert torch.equal(W_hat, grid.round(W)) and torch.equal(step, grid.step) and torch.equal(zero, grid.zero)
+    assert torch.equal(W_hat, grid.round(W)) and torch.equal(scale, grid.scale) and torch.equal(zero, grid.zero)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,11 +123,11 @@ def test_never_below_all_roundings_and_mostly_there():
     for seed in range(8):
         block, stream = tiny(4, seed=seed)
         W, X = block[0].weight, stream.hidden[0].T
-        W[1:] = 0  # a single row: the best of all steps is kept for a matrix as a whole
+        W[1:] = 0  # a single row: the best of all scales is kept for a matrix as a whole
         row, grid = W[:1].clone(), minmax_grid(W[:1], 2)
-        every = ((row / grid.step).floor() + both + grid.zero).clamp(0, 3)
+        every = ((row / grid.scale).floor() + both + grid.zero).clamp(0, 3)
         loss = lambda V, row=row, X=X: ((V - row) @ X).square().sum(-1)
-        best = loss((every - grid.zero) * grid.step).min()
+        best = loss((every - grid.zero) * grid.scale).min()
         signround(BlockTask(None, block, {"0": 2}, stream, stream.hidden @ W.T, iterations=100), clip=False)
         ratios.append(float(loss(W[:1]) / best))
     assert min(ratios) > 1 - 1e-9 and sum(r < 1 + 1e-9 for r in ratios) >= 5
@@ -142,13 +142,13 @@ def test_better_than_round_to_nearest_and_on_the_grid(tasks, kind, group_size, s
     assert error(task) < 0.8 * before
     for n, W in weights(task).items():
         grid = rounded[n].grid
-        step, zero = grid.expand(W.shape[1])
-        codes = W / step + zero
+        scale, zero = grid.expand(W.shape[1])
+        codes = W / scale + zero
         assert_close(codes, codes.round(), rtol=0, atol=1e-4)
         assert codes.round().amin() >= 0 and codes.round().amax() <= 3 and (rounded[n].zeta == 1).all()
-        assert grid.step.shape == (len(W), W.shape[1] // (group_size or W.shape[1]))
+        assert grid.scale.shape == (len(W), W.shape[1] // (group_size or W.shape[1]))
         assert not symmetric or (grid.zero == 2).all()
-        assert not (grid.step.requires_grad or W.requires_grad)
+        assert not (grid.scale.requires_grad or W.requires_grad)
 
 
 def test_with_all_sequences_in_a_step_the_best_is_never_worse_than_nearest(tasks):
@@ -162,14 +162,14 @@ def test_without_clipping_the_grid_stays(tasks):
     task = tasks()
     _, grids = nearest(task)
     rounded = signround(task, clip=False)
-    assert all(torch.equal(rounded[n].grid.step, grids[n].step) for n in grids)
+    assert all(torch.equal(rounded[n].grid.scale, grids[n].scale) for n in grids)
 
 
 def test_clipping_only_narrows(tasks):
     task = tasks()
     _, grids = nearest(task)
     rounded = signround(task)
-    ratio = torch.cat([(rounded[n].grid.step / g.step).flatten() for n, g in grids.items()])
+    ratio = torch.cat([(rounded[n].grid.scale / g.scale).flatten() for n, g in grids.items()])
     assert (ratio <= 1 + 1e-6).all() and (ratio > 1 - 31 / 60 - 1e-4).all() and (ratio < 1).any()
 
 
@@ -197,8 +197,8 @@ def test_the_preset_runs_and_its_codes_read_back():
     report = quantize_model(model, TOKENS, AespaConfig.preset("signround", bits=3, iterations=8, group_size=16))
     assert len(report.layers) == 14
     for r in report.layers.values():
-        step, zero = r.grid.expand(r.weight.shape[1])
-        assert_close(r.weight, (r.W_int - zero) * step, rtol=1e-5, atol=1e-6)
+        scale, zero = r.grid.expand(r.weight.shape[1])
+        assert_close(r.weight, (r.codes - zero) * scale, rtol=1e-5, atol=1e-6)
         assert r.loss <= r.loss_rtn * (1 + 1e-5)
 
 

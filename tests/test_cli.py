@@ -37,8 +37,8 @@ def test_quantize_writes_a_checkpoint_that_stock_transformers_loads(local_model,
     model = AutoModelForCausalLM.from_pretrained(out)
     stored = load_file(out / "quantization.safetensors")
     name = "model.layers.0.self_attn.q_proj"
-    W_int, step, zero, zeta = (stored[f"{name}.{k}"].float() for k in ("W_int", "step", "zero", "zeta"))
-    assert torch.allclose(step * (W_int - zero) * zeta, model.get_submodule(name).weight, atol=1e-6)
+    codes, scale, zero, zeta = (stored[f"{name}.{k}"].float() for k in ("codes", "scale", "zero", "zeta"))
+    assert torch.allclose(scale * (codes - zero) * zeta, model.get_submodule(name).weight, atol=1e-6)
     assert {"report.html", "layers.svg", "results.json", "results.csv", "tokenizer.json"} <= {
         f.name for f in out.iterdir()
     }

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from aespa_nb import descent as module
+from aespa_nb.rounding import descent as module
 from aespa_nb.rounding.adaround import adaround
 from aespa_nb.data.text import load_reference
 from aespa_nb.rounding.descent import best_of_starts, descend, pick_backend, vary_grid, whole_moves
@@ -40,7 +40,7 @@ def gram(seed, n, rank, spread=0.0, heads=()):
 
 def loss_of(W, result, H, G=None):
     "The loss in float64, from scratch: of each row, or with G of each head."
-    E = (result.grid.values(result.W_int) - W).double()
+    E = (result.grid.values(result.codes) - W).double()
     rows = ((E @ H.double() if G is None else G.double() @ E @ H.double()) * E).sum(-1)
     return rows if G is None else rows.sum(-1)
 
@@ -65,13 +65,13 @@ def test_loss_never_rises(backend, seed, bits, group_size, spread, rank, coupled
     H = gram(seed + 1, 12, rank, spread, heads=(2,) if own_H else ()).to(dtype)
     G = None if coupled is None else gram(seed + 2, 4, coupled, heads=(2,)).to(dtype)
     grid = minmax_grid(W, bits, group_size, symmetric)
-    before = W.clone(), H.clone(), grid.step.clone()
+    before = W.clone(), H.clone(), grid.scale.clone()
     r = descend(W, grid, H, G, move_zero=move_zero, backend=backend)
     assert (r.losses.diff(dim=0) <= 0).all() and r.losses.isfinite().all()
     assert r.losses.shape[1:] == (W.shape[:-1] if G is None else W.shape[:-2])
-    assert ((r.W_int >= 0) & (r.W_int <= grid.max_code) & (r.W_int == r.W_int.round())).all()
-    assert (r.grid.step > 0).all()
-    assert all(torch.equal(a, b) for a, b in zip(before, (W, H, grid.step)))
+    assert ((r.codes >= 0) & (r.codes <= grid.max_code) & (r.codes == r.codes.round())).all()
+    assert (r.grid.scale > 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, (W, H, grid.scale)))
     scale = 1e-12 if double else 1e-5
     assert_close(r.losses[-1], loss_of(W, r, H, G), rtol=scale, atol=scale * float(r.losses[0].max() + H.abs().max()))
 
@@ -84,8 +84,8 @@ def test_backends_agree(seed, bits, group_size, spread, rank, coupled, own_H):
     H = damp(gram(seed + 1, 12, rank, spread, heads=(2,) if own_H else ()))
     G = None if coupled is None else damp(gram(seed + 2, 4, coupled, heads=(2,)))
     a, b = (descend(W, minmax_grid(W, bits, group_size), H, G, move_zero=True, backend=k) for k in ("torch", "numba"))
-    assert torch.equal(a.W_int, b.W_int)
-    assert_close(a.grid.step, b.grid.step)
+    assert torch.equal(a.codes, b.codes)
+    assert_close(a.grid.scale, b.grid.scale)
     assert_close(a.losses, b.losses)
 
 
@@ -94,13 +94,13 @@ def test_backends_agree(seed, bits, group_size, spread, rank, coupled, own_H):
 def test_blocks_of_columns_and_threads_change_nothing(coupled):
     W, H = draw(1, 3, 7, 300), damp(gram(2, 300, 400))
     G = damp(gram(3, 7, 20)) if coupled else None
-    options = dict(start=gptq(W, H, minmax_grid(W, 2)).W_int, sweeps=3, chains=0)
+    options = dict(start=gptq(W, H, minmax_grid(W, 2)).codes, sweeps=3, chains=0)
     slow = descend(W, minmax_grid(W, 2), H, G, backend="torch", **options)
     threads = torch.get_num_threads()
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            assert torch.equal(descend(W, minmax_grid(W, 2), H, G, backend="numba", **options).W_int, slow.W_int)
+            assert torch.equal(descend(W, minmax_grid(W, 2), H, G, backend="numba", **options).codes, slow.codes)
     finally:
         torch.set_num_threads(threads)
 
@@ -112,7 +112,7 @@ def test_ends_where_no_single_move_helps(seed, coupled):
     G, grid = damp(gram(seed + 2, 4, 20)) if coupled else torch.eye(4).double(), minmax_grid(W, 2)
     r = descend(W, grid, H, G if coupled else None, refit=False, sweeps=50)
     for i, j, k in itertools.product(range(4), range(6), range(4)):
-        E = grid.values(r.W_int.index_put((torch.tensor(i), torch.tensor(j)), torch.tensor(float(k)).double())) - W
+        E = grid.values(r.codes.index_put((torch.tensor(i), torch.tensor(j)), torch.tensor(float(k)).double())) - W
         assert ((G @ E @ H) * E).sum() >= r.loss - 1e-10
 
 
@@ -123,11 +123,11 @@ def test_refit_is_the_minimum_of_each_step(seed, group_size, coupled):
     G, grid = damp(gram(seed + 2, 3, 20)) if coupled else None, minmax_grid(W, 3, group_size)
     r = descend(W, grid, H, G, sweeps=60, chains=0)
     total = loss_of(W, r, H, G).sum()
-    for i, g in itertools.product(range(3), range(grid.step.shape[1])):
+    for i, g in itertools.product(range(3), range(grid.scale.shape[1])):
         for factor in (0.999, 1.001):
-            step = r.grid.step.clone()
-            step[i, g] *= factor
-            moved = module.DescentResult(r.W_int, Grid(3, step, r.grid.zero), r.losses)
+            scale = r.grid.scale.clone()
+            scale[i, g] *= factor
+            moved = module.DescentResult(r.codes, Grid(3, scale, r.grid.zero), r.losses)
             assert loss_of(W, moved, H, G).sum() >= total * (1 - 1e-5)
 
 
@@ -135,9 +135,9 @@ def test_refit_equals_a_search_over_steps():
     W, H = draw(5, 1, 10), damp(gram(6, 10, 30))
     grid = minmax_grid(W, 2)
     r = descend(W, grid, H, start=grid.codes(W), sweeps=1, chains=0)
-    C, scan = r.W_int - grid.zero, torch.linspace(0.3, 2, 20001, dtype=torch.float64)[:, None] * grid.step
+    C, scan = r.codes - grid.zero, torch.linspace(0.3, 2, 20001, dtype=torch.float64)[:, None] * grid.scale
     E = scan * C - W
-    assert_close(scan[((E @ H) * E).sum(-1).argmin()], r.grid.step[0], rtol=1e-4, atol=0)
+    assert_close(scan[((E @ H) * E).sum(-1).argmin()], r.grid.scale[0], rtol=1e-4, atol=0)
 
 
 def test_brute_force():
@@ -149,12 +149,12 @@ def test_brute_force():
     least = torch.stack([rows(part).amin(0) for part in every.expand(-1, len(W), -1).split(4096)]).amin(0)
     first = gptq(W, H, grid)
     learned = adaround(W, grid, lambda dW: (dW @ H * dW).sum(), first.W_comp, 500, 30 / 500, loss_scale=0.1)
-    found = descend(W, grid, H, start=first.W_int, refit=False)
+    found = descend(W, grid, H, start=first.codes, refit=False)
     hits = lambda codes: int((rows(codes) <= least * (1 + 1e-9)).sum())  # noqa: E731
-    assert hits(found.W_int) >= max(hits(first.W_int), hits(learned))
+    assert hits(found.codes) >= max(hits(first.codes), hits(learned))
     grids = vary_grid(grid, factors=(), shifts=(1, -1))
-    best = best_of_starts(W, H, None, [(g, gptq(W, H, g).W_int) for g in grids])
-    assert (best.losses[-1] <= descend(W, grid, H, start=first.W_int, chains=0).losses[-1] + 1e-12).all()
+    best = best_of_starts(W, H, None, [(g, gptq(W, H, g).codes) for g in grids])
+    assert (best.losses[-1] <= descend(W, grid, H, start=first.codes, chains=0).losses[-1] + 1e-12).all()
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -186,9 +186,9 @@ def test_not_above_adaround_on_a_real_layer():
     first = gptq(W, H, grid)
     learned = adaround(W, grid, lambda dW: (dW @ H * dW).sum(), first.W_comp, 500, 30 / 500, loss_scale=0.01)
     ada = float((((grid.values(learned) - W) @ H) * (grid.values(learned) - W)).sum())
-    fixed = descend(W, grid, H, start=first.W_int, refit=False)
+    fixed = descend(W, grid, H, start=first.codes, refit=False)
     assert fixed.loss <= ada
-    assert descend(W, grid, H, start=first.W_int).loss <= fixed.loss
+    assert descend(W, grid, H, start=first.codes).loss <= fixed.loss
 
 
 def test_refuses():

@@ -48,7 +48,7 @@ def outcome(case, team=ALONE, **changes):
     kind, config = CASES[case]
     model = build(kind)
     report = quantize_model(model, TOKENS, replace(config, **changes), team=team)
-    layers = {n: (r.W_int, r.grid.step, r.grid.zero, r.zeta, r.loss, r.loss_rtn) for n, r in report.layers.items()}
+    layers = {n: (r.codes, r.grid.scale, r.grid.zero, r.zeta, r.loss, r.loss_rtn) for n, r in report.layers.items()}
     return dict(layers=layers, state=model.state_dict(), notes=report.notes, statistics=report.statistics_bytes)
 
 

@@ -150,7 +150,7 @@ def test_the_bundled_model_is_the_same_in_a_new_process(tmp_path):
     jobs.append((tmp_path / "own", before, heldout[:1]))
     assert max(reloaded(jobs, tmp_path)) <= 1e-5
     for (bits, group_size, symmetric), ratio in ratios.items():
-        tight = bits > 2 or group_size is None  # a step of 16 bits for 64 codes of 2 bits is an eighth more
+        tight = bits > 2 or group_size is None  # a scale of 16 bits for 64 codes of 2 bits is an eighth more
         assert ratio <= (LIMIT[bits] if tight else 0.143), (bits, group_size, symmetric, ratio)
         assert ratio >= bits / 16
 
@@ -191,13 +191,13 @@ def test_other_models_in_a_new_process(tmp_path):
 def test_bfloat16_steps_for_a_bfloat16_model(tmp_path):
     model = small_model("llama", torch.bfloat16)
     report = nearest(model, 7, 16)
-    codes = {n: r.W_int for n, r in report.layers.items()}
+    codes = {n: r.codes for n, r in report.layers.items()}
     export_model(model, report, tmp_path / "out")
-    assert all(torch.equal(r.W_int, codes[n]) for n, r in report.layers.items())
+    assert all(torch.equal(r.codes, codes[n]) for n, r in report.layers.items())
     name = "model.layers.0.mlp.up_proj"
     assert load_file(tmp_path / "out/model.safetensors")[f"{name}.weight_scale"].dtype == torch.bfloat16
     back = read_quantized(tmp_path / "out")
-    assert back.model.dtype == torch.bfloat16 and torch.equal(back.report.layers[name].W_int, codes[name])
+    assert back.model.dtype == torch.bfloat16 and torch.equal(back.report.layers[name].codes, codes[name])
     assert torch.equal(logits(back.model), logits(model))
 
 
@@ -310,9 +310,9 @@ def test_steps_survive_even_where_float16_underflows():
     model = small_model("llama")
     report = nearest(model, 4)
     name, r = next(iter(report.layers.items()))
-    report.layers[name] = replace(r, grid=replace(r.grid, step=torch.full_like(r.grid.step, 1e-12)))
+    report.layers[name] = replace(r, grid=replace(r.grid, scale=torch.full_like(r.grid.scale, 1e-12)))
     snap_model(model, report, torch.float16)
-    assert (report.layers[name].grid.step > 0).all()
+    assert (report.layers[name].grid.scale > 0).all()
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_every_format_is_read_back(form, kind, tmp_path):
     assert_close(logits(back.model), logits(model), rtol=0, atol=0)
     assert back.facts == {"perplexity": 5.25} and back.report.layers.keys() == report.layers.keys()
     for name, r in back.report.layers.items():
-        assert torch.equal(r.W_int, report.layers[name].W_int) and r.loss == 0.5
+        assert torch.equal(r.codes, report.layers[name].codes) and r.loss == 0.5
 
 
 def test_sharded_and_mixed_folders_are_read_back(tmp_path, monkeypatch):

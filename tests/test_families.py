@@ -38,7 +38,7 @@ def test_every_linear_is_quantized_or_named(name):
     report = quantize_model(model, families.inputs(name, 3), AespaConfig.preset("aespa", bits=3, iterations=2))
     assert not families.accounted_for(model, report)
     for r in report.layers.values():
-        torch.testing.assert_close(r.grid.values(r.W_int.float()) * r.zeta, r.weight, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(r.grid.values(r.codes.float()) * r.zeta, r.weight, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -54,7 +54,7 @@ def test_a_checkpoint_can_be_read_back_or_is_refused(name, form, tmp_path):
         return
     back = read_quantized(tmp_path / "out")
     for layer, r in back.report.layers.items():
-        assert torch.equal(r.W_int, report.layers[layer].W_int)
+        assert torch.equal(r.codes, report.layers[layer].codes)
 
 
 @pytest.mark.parametrize("name", ["LLaMA", "GPT-NeoX", "Qwen3"])

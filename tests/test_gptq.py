@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 from torch.testing import assert_close
 
-from aespa_nb import gptq as module
+from aespa_nb.rounding import gptq as module
 from aespa_nb.rounding.gptq import gptq, inverse_factor, processing_order
 from aespa_nb.rounding.grid import Grid, minmax_grid
 from aespa_nb.rounding.grid_search import fit_grid
@@ -31,15 +31,15 @@ def layer(seed, out=5, inp=12, heads=(), dtype=torch.float64):
 
 def obq(W, H, grid, order):
     "Optimal brain quantization with a fresh inverse of the free part of H at each column."
-    W, W_int, free = W.clone(), torch.empty_like(W), order.tolist()
-    step, zero = grid.expand(W.shape[1])
+    W, codes, free = W.clone(), torch.empty_like(W), order.tolist()
+    scale, zero = grid.expand(W.shape[1])
     while free:
         j, P = free[0], torch.linalg.inv(H[free][:, free])
-        W_int[:, j] = (torch.round(W[:, j] / step[:, j]) + zero[:, j]).clamp(0, grid.max_code)
-        err = W[:, j] - step[:, j] * (W_int[:, j] - zero[:, j])
+        codes[:, j] = (torch.round(W[:, j] / scale[:, j]) + zero[:, j]).clamp(0, grid.max_code)
+        err = W[:, j] - scale[:, j] * (codes[:, j] - zero[:, j])
         W[:, free] -= torch.outer(err, P[0] / P[0, 0])
         free = free[1:]
-    return W_int
+    return codes
 
 
 @quick
@@ -48,8 +48,8 @@ def test_equals_obq_with_fresh_inverses(seed, bits, group_size, act_order, block
     W, H = layer(seed)
     grid = minmax_grid(W, bits, group_size)
     result = gptq(W, H, grid, act_order, block_size)
-    assert torch.equal(result.W_int, obq(W, H, grid, processing_order(H, act_order)))
-    assert torch.equal(grid.codes(result.W_comp), result.W_int)
+    assert torch.equal(result.codes, obq(W, H, grid, processing_order(H, act_order)))
+    assert torch.equal(grid.codes(result.W_comp), result.codes)
 
 
 @quick
@@ -57,9 +57,9 @@ def test_equals_obq_with_fresh_inverses(seed, bits, group_size, act_order, block
 def test_loss_is_the_sum_of_the_prices_paid(seed):
     W, H = layer(seed)
     grid = minmax_grid(W, 2)
-    W_int, W_comp = gptq(W, H, grid, act_order=False)
-    err = (W_comp - grid.values(W_int)) / inverse_factor(H).diagonal()
-    assert_close(quadratic_loss(grid.values(W_int) - W, H), err.square().sum())
+    codes, W_comp = gptq(W, H, grid, act_order=False)
+    err = (W_comp - grid.values(codes)) / inverse_factor(H).diagonal()
+    assert_close(quadratic_loss(grid.values(codes) - W, H), err.square().sum())
 
 
 @quick
@@ -75,11 +75,11 @@ def test_between_the_best_of_all_roundings_and_bounded(seed):
         return ((E @ H) * E).sum(-1)
 
     best = row_losses(every.expand(-1, 3, -1), H).amin(0)
-    assert (row_losses(gptq(W, H, grid).W_int, H) >= best * (1 - 1e-9)).all()
+    assert (row_losses(gptq(W, H, grid).codes, H) >= best * (1 - 1e-9)).all()
     D = torch.diag(H.diagonal())
     best = row_losses(every.expand(-1, 3, -1), D).amin(0)
-    assert_close(row_losses(gptq(W, D, grid).W_int, D), best)
-    assert torch.equal(gptq(W, D, grid).W_int, grid.codes(W))
+    assert_close(row_losses(gptq(W, D, grid).codes, D), best)
+    assert torch.equal(gptq(W, D, grid).codes, grid.codes(W))
 
 
 @quick
@@ -89,10 +89,10 @@ def test_heads_in_a_batch_are_separate_problems(seed, act_order, shared):
     H = H[0] if shared else H
     grid = minmax_grid(W, 3, 4)
     before = W.clone(), H.clone()
-    W_int, W_comp = gptq(W, H, grid, act_order, 5)
+    codes, W_comp = gptq(W, H, grid, act_order, 5)
     for h in range(3):
-        one = gptq(W[h], H if shared else H[h], Grid(3, grid.step[h], grid.zero[h]), act_order, 5)
-        assert torch.equal(W_int[h], one.W_int)
+        one = gptq(W[h], H if shared else H[h], Grid(3, grid.scale[h], grid.zero[h]), act_order, 5)
+        assert torch.equal(codes[h], one.codes)
         assert_close(W_comp[h], one.W_comp)
     assert torch.equal(W, before[0]) and torch.equal(H, before[1])
 
@@ -104,7 +104,7 @@ def test_wins_over_nearest_on_the_whole_and_activation_order_over_left_to_right(
         size = torch.logspace(0, -1, 24, dtype=W.dtype)[shuffle]
         H = H * size[:, None] * size
         grid = fit_grid(W, H, 3, n_clip=10)
-        codes = grid.codes(W), gptq(W, H, grid, act_order=False).W_int, gptq(W, H, grid).W_int
+        codes = grid.codes(W), gptq(W, H, grid, act_order=False).codes, gptq(W, H, grid).codes
         return [float(quadratic_loss(grid.values(c) - W, H)) for c in codes]
 
     nearest, plain, ordered = torch.tensor([losses(seed) for seed in range(20)]).T.log().mean(1)
@@ -114,10 +114,10 @@ def test_wins_over_nearest_on_the_whole_and_activation_order_over_left_to_right(
 def test_float32_follows_float64():
     W, H = layer(1, 32, 48)
     grid = minmax_grid(W, 4)
-    grid32 = Grid(4, grid.step.float(), grid.zero.float())
+    grid32 = Grid(4, grid.scale.float(), grid.zero.float())
     a, b = gptq(W, H, grid), gptq(W.float(), H.float(), grid32)
-    assert b.W_int.dtype == torch.float32
-    assert (a.W_int == b.W_int).double().mean() > 0.97
+    assert b.codes.dtype == torch.float32
+    assert (a.codes == b.codes).double().mean() > 0.97
 
 
 def test_factor_and_refusals():
@@ -146,6 +146,6 @@ def test_shapes_as_annotated():
     W, H = layer(3, heads=(2,))
     for M in (H, H[0]):
         result = checked("gptq")(W, M, minmax_grid(W, 2))
-        assert result.W_int.shape == result.W_comp.shape == W.shape
+        assert result.codes.shape == result.W_comp.shape == W.shape
         checked("processing_order")(M)
         checked("inverse_factor")(M)

@@ -21,9 +21,9 @@ def layer(seed, out=8, inp=24):
 def test_loss_is_the_priced_sum_of_rounding_errors(bits, group_size, act_order):
     W, H = layer(bits)
     grid = fit_grid(W, H, bits, group_size)
-    W_int, W_comp = gptq(W, H, grid, act_order)
-    paid = column_prices(H, act_order) * (W_comp - grid.values(W_int)).square()
-    torch.testing.assert_close(paid.sum(), quadratic_loss(grid.values(W_int) - W, H))
+    codes, W_comp = gptq(W, H, grid, act_order)
+    paid = column_prices(H, act_order) * (W_comp - grid.values(codes)).square()
+    torch.testing.assert_close(paid.sum(), quadratic_loss(grid.values(codes) - W, H))
 
 
 def test_prices_are_schur_complements():
@@ -40,7 +40,7 @@ def test_prices_are_schur_complements():
 def test_weighted_search_is_the_search_under_a_diagonal(group_size):
     W, H = layer(5)
     same, priced = fit_grid(W, H.diagonal().diag(), 2, group_size), fit_weighted(W, H.diagonal(), 2, group_size)
-    torch.testing.assert_close(priced.step, same.step)
+    torch.testing.assert_close(priced.scale, same.scale)
     assert torch.equal(priced.zero, same.zero)
 
 
@@ -48,14 +48,14 @@ def test_without_correlations_nothing_is_compensated():
     "Under a diagonal H GPTQ rounds to nearest, and both grids are one."
     W, H = layer(7)
     H = H.diagonal().diag()
-    torch.testing.assert_close(fit_compensated(W, H, 2).step, fit_grid(W, H, 2).step)
+    torch.testing.assert_close(fit_compensated(W, H, 2).scale, fit_grid(W, H, 2).scale)
 
 
 def test_heads_are_problems_of_their_own():
     (W0, H0), (W1, H1) = layer(8), layer(9)
     both = fit_compensated(torch.stack([W0, W1]), torch.stack([H0, H1]), 2, 8)
     for i, (W, H) in enumerate(((W0, H0), (W1, H1))):
-        torch.testing.assert_close(both.step[i], fit_compensated(W, H, 2, 8).step)
+        torch.testing.assert_close(both.scale[i], fit_compensated(W, H, 2, 8).scale)
 
 
 def test_presets_that_end_in_gptq_use_it():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 
-from aespa_nb import grid as grid_module
+from aespa_nb.rounding import grid as grid_module
 from aespa_nb.rounding.grid import Grid, check_bits, grouped, minmax_grid, storage_bits
 from aespa_nb.errors import AespaError, NumericalError
 from aespa_nb.notation import tiny_weight
@@ -27,9 +27,9 @@ group_sizes = st.sampled_from([None, 1, 2, 3, 4, 6, 12])
 @given(weights, bit_widths, group_sizes, st.booleans())
 def test_minmax_leaves_at_most_half_a_step(W, bits, group_size, symmetric):
     grid = minmax_grid(W, bits, group_size, symmetric)
-    step, zero = grid.expand(INP)
+    scale, zero = grid.expand(INP)
     codes = grid.codes(W)
-    assert ((grid.round(W) - W).abs() <= step * (0.5 + 1e-9)).all()
+    assert ((grid.round(W) - W).abs() <= scale * (0.5 + 1e-9)).all()
     assert ((codes >= 0) & (codes <= 2**bits - 1) & (codes == codes.round())).all()
     assert ((zero >= 0) & (zero <= 2**bits - 1)).all()
     assert (grid.round(W)[W == 0] == 0).all()
@@ -43,8 +43,8 @@ def test_rounding_finds_the_nearest_value_also_where_it_clips(W, other, bits, gr
     grid = minmax_grid(W[:rows], bits, group_size)
     other = other[:rows]
     every = torch.arange(2.0**bits, dtype=W.dtype)
-    step, zero = (t[..., None] for t in grid.expand(INP))
-    distance = (step * (every - zero) - other[..., None]).abs().amin(-1)
+    scale, zero = (t[..., None] for t in grid.expand(INP))
+    distance = (scale * (every - zero) - other[..., None]).abs().amin(-1)
     ours = (grid.round(other) - other).abs()
     assert torch.allclose(ours, distance, rtol=1e-9, atol=1e-12 * max(1.0, other.abs().max().item()))
 
@@ -60,11 +60,11 @@ def test_grid_values_round_to_themselves(W, bits, group_size, symmetric):
 @quick
 @given(weights, bit_widths, st.integers(-20, 20), st.booleans())
 def test_the_unit_of_the_weights_does_not_matter(W, bits, exponent, symmetric):
-    "A power of two changes no digit: the step follows, the codes stay."
+    "A power of two changes no digit: the scale follows, the codes stay."
     W = W[(W != 0).any(-1)]
     before, after = minmax_grid(W, bits, 4, symmetric), minmax_grid(W * 2.0**exponent, bits, 4, symmetric)
-    alive = grouped(W, 4).ne(0).any(-1)  # the step of a group of zeros is 1 in any unit
-    assert torch.equal((before.step * 2.0**exponent)[alive], after.step[alive])
+    alive = grouped(W, 4).ne(0).any(-1)  # the scale of a group of zeros is 1 in any unit
+    assert torch.equal((before.scale * 2.0**exponent)[alive], after.scale[alive])
     assert torch.equal(before.codes(W), after.codes(W * 2.0**exponent))
 
 
@@ -73,7 +73,7 @@ def test_dtype_is_kept_and_the_weight_is_left_alone(dtype):
     W = tiny_weight().to(dtype)
     kept = W.clone()
     grid = minmax_grid(W, 3, 4)
-    assert grid.step.dtype == grid.zero.dtype == grid.codes(W).dtype == grid.round(W).dtype == dtype
+    assert grid.scale.dtype == grid.zero.dtype == grid.codes(W).dtype == grid.round(W).dtype == dtype
     assert torch.equal(W, kept)
 
 
@@ -93,7 +93,7 @@ def test_bits_must_be_a_whole_number_from_2_to_8(bits):
 
 def test_what_cannot_be_a_grid_is_refused():
     one = torch.ones(4, 1)
-    for step, zero, error in [
+    for scale, zero, error in [
         (one, torch.ones(4, 2), AespaError),
         (0 * one, one, NumericalError),
         (one / 0, one, NumericalError),
@@ -101,7 +101,7 @@ def test_what_cannot_be_a_grid_is_refused():
         (one, one * float("nan"), NumericalError),
     ]:
         with pytest.raises(error):
-            Grid(2, step, zero)
+            Grid(2, scale, zero)
     with pytest.raises(AespaError, match="does not fit 5 inputs"):
         Grid(2, torch.ones(4, 2), torch.ones(4, 2)).codes(torch.ones(4, 5))
 
@@ -121,6 +121,6 @@ def test_signatures_say_the_true_shapes():
 
     grid = checked("minmax_grid")(W, 3, 4)
     assert checked("grouped")(W, 4).shape == (2, 4, 3, 4)
-    step, zero = grid.expand(INP)
-    codes = checked("to_codes")(W, step, zero, grid.max_code)
-    assert torch.equal(checked("to_values")(codes, step, zero), grid.round(W))
+    scale, zero = grid.expand(INP)
+    codes = checked("to_codes")(W, scale, zero, grid.max_code)
+    assert torch.equal(checked("to_values")(codes, scale, zero), grid.round(W))

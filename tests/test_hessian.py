@@ -121,7 +121,7 @@ def test_a_fitted_grid_is_never_worse_than_minmax(seed, kw):
     W = tiny_weight(5, 12, seed + 1)
     fitted, full = fit_grid(W, H, **kw, n_clip=15), minmax_grid(W, **kw)
     assert (losses(W, H, fitted, kw["group_size"]) <= losses(W, H, full, kw["group_size"]) * (1 + 1e-12)).all()
-    assert (fitted.step <= full.step).all()
+    assert (fitted.scale <= full.scale).all()
 
 
 @quick
@@ -131,7 +131,7 @@ def test_units_do_not_change_the_codes(seed, kw, exponent):
     _, H = moments(12, 30, seed)
     W, scale = tiny_weight(4, 12, seed + 1), 2.0**exponent
     before, after = fit_grid(W, H, **kw, n_clip=9), fit_grid(W * scale, H / scale, **kw, n_clip=9)
-    assert torch.equal(before.step * scale, after.step)
+    assert torch.equal(before.scale * scale, after.scale)
     assert torch.equal(before.codes(W), after.codes(W * scale))
 
 
@@ -143,7 +143,7 @@ def test_groups_are_fitted_as_weights_of_their_own(seed, size):
     grid = fit_grid(W, H, 2, group_size=size, n_clip=9)
     for i, a in enumerate(range(0, 12, size)):
         alone = fit_grid(W[:, a : a + size], H[a : a + size, a : a + size], 2, n_clip=9)
-        assert_close(grid.step[:, i], alone.step[:, 0])
+        assert_close(grid.scale[:, i], alone.scale[:, 0])
         assert torch.equal(grid.zero[:, i], alone.zero[:, 0])
 
 

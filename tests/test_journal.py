@@ -11,7 +11,7 @@ import torch
 from aespa_nb import AespaConfig, AespaError, quantize_model
 from aespa_nb.quantize.config import PRESETS
 from aespa_nb.quantize.report import report_rows
-from aespa_nb import journal as module
+from aespa_nb.quantize import journal as module
 from aespa_nb.quantize.journal import FINISHED, UNFINISHED, check_free, complete_folder, unfinished_config
 from aespa_nb.quantize.journal import differences, locked, open_journal, write_file, write_json
 from models import MODELS, small
@@ -34,7 +34,7 @@ def same(a, b):
     states = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in report_rows(x)] for x in (report, again)]
     grids = all(
-        torch.equal(r.grid.step, s.grid.step) and torch.equal(r.grid.zero, s.grid.zero) and torch.equal(r.zeta, s.zeta)
+        torch.equal(r.grid.scale, s.grid.scale) and torch.equal(r.grid.zero, s.grid.zero) and torch.equal(r.zeta, s.zeta)
         for r, s in zip(report.layers.values(), again.layers.values(), strict=True)
     )
     return grids and rows[0] == rows[1] and all(torch.equal(x, y) for x, y in states)
@@ -245,7 +245,7 @@ def finish(folder, resume=False, settings=None):
 
 @pytest.mark.parametrize("call", ["_move_out", "rmtree", "replace"])
 def test_a_kill_at_the_end_leaves_a_finished_run_or_one_that_can_be_finished(tmp_path, monkeypatch, call):
-    "The process dies before or in the middle of what its last steps are."
+    "The process dies before or in the middle of what its last scales are."
     folder, settings = tmp_path / "out", dict(shares=8)
     pid = os.fork()
     if not pid:

@@ -38,8 +38,8 @@ def test_weights_are_codes_on_grids_and_errors_below_rtn(model, method, changes)
     rounded, report = run(model, method, iterations=10, **changes)
     assert len(report.layers) == (12 if "keep" in changes else 14)
     for name, r in report.layers.items():
-        assert int(r.W_int.max()) < 2**r.grid.bits and r.loss <= r.loss_rtn
-        W_hat = r.grid.values(r.W_int.double()) * r.zeta
+        assert int(r.codes.max()) < 2**r.grid.bits and r.loss <= r.loss_rtn
+        W_hat = r.grid.values(r.codes.double()) * r.zeta
         torch.testing.assert_close(W_hat, r.weight.detach().double(), atol=1e-5, rtol=1e-4)
         assert torch.equal(r.weight, rounded.get_submodule(name).weight)
     rows = report_rows(report)
@@ -99,7 +99,7 @@ def test_a_block_left_worse_than_rtn_is_rounded_to_nearest_and_named(model, monk
 @pytest.mark.parametrize("objective", ["layer", "attention", "gauss-newton"])
 @pytest.mark.parametrize("changes", [{}, {"group_size": 16}, {"zfold": True}, {"shares": 2}])
 def test_a_solver_of_ones_own_does_what_the_same_one_inside_does(model, monkeypatch, objective, changes):
-    monkeypatch.setitem(SOLVERS, "mine", lambda U, grid, loss, config: (gptq(U, loss.H, grid).W_int, grid))
+    monkeypatch.setitem(SOLVERS, "mine", lambda U, grid, loss, config: (gptq(U, loss.H, grid).codes, grid))
     mine, inside = copy.deepcopy(model), copy.deepcopy(model)
     for rounded, solver in ((mine, "mine"), (inside, "gptq")):
         report = quantize_model(rounded, TOKENS, AespaConfig(solver=solver, objective=objective, **changes))
@@ -110,13 +110,13 @@ def test_a_solver_of_ones_own_does_what_the_same_one_inside_does(model, monkeypa
 
 def test_a_solver_of_ones_own_may_return_another_grid(model, monkeypatch):
     def doubled(U, grid, loss, config):
-        grid = replace(grid, step=2 * grid.step)
+        grid = replace(grid, scale=2 * grid.scale)
         return grid.codes(U), grid
 
     monkeypatch.setitem(SOLVERS, "mine", doubled)
     nearest = AespaConfig.preset("rtn", bits=4)
     coarse, fine = (quantize_model(copy.deepcopy(model), TOKENS, c) for c in (replace(nearest, solver="mine"), nearest))
-    for name, r in coarse.layers.items():  # worse than nearest: the last guard steps in
+    for name, r in coarse.layers.items():  # worse than nearest: the last guard scales in
         assert torch.equal(r.weight, fine.layers[name].weight)
     assert len(coarse.notes) == 14 and all("mine left" in note for note in coarse.notes)
 

@@ -28,8 +28,8 @@ def test_codes_do_not_depend_on_the_number_of_threads(preset, threads):
     del model.model.layers[1:]
     changes = {"iterations": 4} | ({"tuning": 2} if preset == "max" else {})
     report = quantize_model(model, reference.calib[:2], AespaConfig.preset(preset, 2, **changes))
-    codes = torch.cat([r.W_int.flatten() for r in report.layers.values()])
-    steps = torch.cat([r.grid.step.flatten() for r in report.layers.values()])
+    codes = torch.cat([r.codes.flatten() for r in report.layers.values()])
+    steps = torch.cat([r.grid.scale.flatten() for r in report.layers.values()])
     first = RESULTS.setdefault(preset, (codes, steps))
     assert torch.equal(codes, first[0]) and torch.equal(steps, first[1])
 

@@ -34,7 +34,7 @@ def notebook(*cells):
 
 @pytest.fixture(scope="module")
 def in_step(tmp_path_factory):
-    "A repository of one chapter and a README, everything in step."
+    "A repository of one chapter and a README, everything in scale."
     root = tmp_path_factory.mktemp("repo")
     (root / "nbs").mkdir()
     (root / "aespa_nb").mkdir()

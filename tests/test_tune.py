@@ -97,8 +97,8 @@ def test_the_error_falls_and_the_codes_stay(case, kind, group_size):
         assert_close(now[n], now[n].round(), rtol=0, atol=1e-4)
         assert torch.equal(now[n].round(), codes[n].round())
         assert grid.bits == 2 and torch.equal(grid.zero, c.grids[n].zero)
-        assert grid.step.shape == c.grids[n].step.shape and (grid.step > 0).all()
-        assert not torch.equal(grid.step, c.grids[n].step)
+        assert grid.scale.shape == c.grids[n].scale.shape and (grid.scale > 0).all()
+        assert not torch.equal(grid.scale, c.grids[n].scale)
     for n, p in c.block.named_parameters():
         assert torch.equal(p, old[n]) == n.endswith("bias"), n
 
@@ -124,7 +124,7 @@ def test_no_gradients_are_left_behind(case):
     needed = {n: p.requires_grad for n, p in c.block.named_parameters()}
     grids, _ = c.tune(iterations=2)
     assert all(p.grad is None and p.requires_grad == needed[n] for n, p in c.block.named_parameters())
-    assert not any(g.step.requires_grad for g in grids.values())
+    assert not any(g.scale.requires_grad for g in grids.values())
 
 
 def test_the_callers_tensors_stay(case):
@@ -132,7 +132,7 @@ def test_the_callers_tensors_stay(case):
     kept = copy.deepcopy((c.grids, c.stream.hidden.clone(), c.target))
     c.tune(iterations=2)
     assert torch.equal(c.stream.hidden, kept[1]) and torch.equal(c.target, kept[2])
-    assert all(torch.equal(c.grids[n].step, g.step) for n, g in kept[0].items())
+    assert all(torch.equal(c.grids[n].scale, g.scale) for n, g in kept[0].items())
 
 
 def test_same_seed_same_bits_and_seeds_matter(case):
@@ -166,7 +166,7 @@ def test_a_scale_that_is_wrong_is_found(case):
     c.target = c._output()
     with torch.no_grad():
         c.block.mlp.down_proj.weight *= 0.9
-    c.grids["mlp.down_proj"] = replace(c.grids["mlp.down_proj"], step=c.grids["mlp.down_proj"].step * 0.9)
+    c.grids["mlp.down_proj"] = replace(c.grids["mlp.down_proj"], scale=c.grids["mlp.down_proj"].scale * 0.9)
     error = c.error()
     c.tune(iterations=60)
     assert c.error() < error / 20
@@ -179,11 +179,11 @@ def test_units_do_not_matter(case):
         scaled.block.input_layernorm.weight *= 64
         for n in names:
             scaled.block.get_submodule(n).weight /= 64
-    scaled.grids |= {n: replace(scaled.grids[n], step=scaled.grids[n].step / 64) for n in names}
+    scaled.grids |= {n: replace(scaled.grids[n], scale=scaled.grids[n].scale / 64) for n in names}
     a, b = plain.tune()[0], scaled.tune()[0]
     assert_close(scaled.block.input_layernorm.weight / 64, plain.block.input_layernorm.weight, rtol=1e-4, atol=0)
     for n in plain.grids:
-        assert_close(b[n].step * (64 if n in names else 1), a[n].step, rtol=1e-4, atol=0)
+        assert_close(b[n].scale * (64 if n in names else 1), a[n].scale, rtol=1e-4, atol=0)
 
 
 def test_factors_are_ones_and_fold_the_gradient(case):
@@ -201,7 +201,7 @@ def test_factors_are_ones_and_fold_the_gradient(case):
 def test_steps_stay_positive(case):
     c = case("llama")
     grids, _ = c.tune(iterations=5, lr=2.0)
-    assert all((g.step >= 0.099 * c.grids[n].step).all() for n, g in grids.items())
+    assert all((g.scale >= 0.099 * c.grids[n].scale).all() for n, g in grids.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -211,7 +211,7 @@ def test_other_precisions(case, dtype):
     grids, _ = c.tune(iterations=20)
     assert c.error() < error
     assert all(p.dtype == dtype for p in c.block.parameters())
-    assert all(g.step.dtype == torch.float32 for g in grids.values())
+    assert all(g.scale.dtype == torch.float32 for g in grids.values())
     for codes in c.codes(grids).values():
         assert_close(codes, codes.round(), rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
 
@@ -267,7 +267,7 @@ def test_a_step_is_taken_when_the_next_error_is_asked_for(case):
     assert first == pytest.approx(case.error(), rel=1e-4) and factor == 1 and factor.grad != 0
     grad = factor.grad.clone()
     next(steps)
-    assert factor.detach() == pytest.approx(1 - 0.1 * float(grad), rel=1e-5)  # the first step has the whole rate
+    assert factor.detach() == pytest.approx(1 - 0.1 * float(grad), rel=1e-5)  # the first scale has the whole rate
     assert len(list(steps)) == 1
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 from torch.testing import assert_close
 
-from aespa_nb import zfold as module
+from aespa_nb.rounding import zfold as module
 from aespa_nb.rounding.grid_search import fit_grid
 from aespa_nb.rounding.hessian import damp, quadratic_loss
 from aespa_nb.errors import AespaError
@@ -99,7 +99,7 @@ def test_heads_that_share_one_hessian_are_rows():
     zeta, (grid,) = zfold([W], [H], 2, n_clip=10)
     zeta_heads, (grid_heads,) = zfold([W.view(2, 3, 12)], [H], 2, n_clip=10)
     assert_close(zeta, zeta_heads)
-    assert_close(grid.step, grid_heads.step.view(6, 1))
+    assert_close(grid.scale, grid_heads.scale.view(6, 1))
 
 
 def test_refusals():

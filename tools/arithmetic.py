@@ -46,7 +46,7 @@ def one(preset: str, bits: int, changes: dict, out: str) -> None:
     changes |= {"dtype": getattr(torch, changes["dtype"])} if "dtype" in changes else {}
     config = AespaConfig.preset(preset, bits, samples=SAMPLES, **changes)
     report = quantize_model(model, calib, config)
-    codes = torch.cat([layer.W_int.flatten() for layer in report.layers.values()])
+    codes = torch.cat([layer.codes.flatten() for layer in report.layers.values()])
     kl = evaluate_model(model, heldout[:WINDOWS], full).kl
     save_file(dict(codes=codes, kl=torch.tensor(kl, dtype=torch.float64)), out)
 

@@ -106,16 +106,16 @@ def timed(f):
 
 @torch.no_grad()
 def compare(W, loss, bits: int) -> dict:
-    "What GPTQ, then AdaRound (2000 steps) and descent from there reach on one layer; `same_grid`: steps not refitted."
+    "What GPTQ, then AdaRound (2000 scales) and descent from there reach on one layer; `same_grid`: scales not refitted."
     U, recipe = loss.split(W), AespaConfig.preset("aespa", bits)
     grid = fit_grid(U, loss.H, bits)
     start = gptq(U, loss.H, grid)
     value = lambda codes: float(loss(grid.values(codes) - U))
     learn = lambda: adaround(U, grid, loss, start.W_comp, recipe.iterations, 0.015, loss_scale=recipe.loss_scale)
     learned, learning = timed(learn)
-    free, descending = timed(lambda: descend(U, grid, loss.H, loss.G, start.W_int))
-    fixed = descend(U, grid, loss.H, loss.G, start.W_int, refit=False)
-    found = dict(gptq=value(start.W_int), adaround=value(learned), same_grid=fixed.loss, descent=free.loss)
+    free, descending = timed(lambda: descend(U, grid, loss.H, loss.G, start.codes))
+    fixed = descend(U, grid, loss.H, loss.G, start.codes, refit=False)
+    found = dict(gptq=value(start.codes), adaround=value(learned), same_grid=fixed.loss, descent=free.loss)
     return found | dict(adaround_seconds=learning, descent_seconds=descending)
 
 
@@ -146,7 +146,7 @@ def learning_steps(reference, counts=(1, 2, 4, 8, 16, 32, 64), steps: int = 20) 
 
 
 def step_seconds(heads, X, W, steps: int) -> dict:
-    "The same AdaRound steps on both forms of the V loss; CPU seconds of one step, and of the statistics."
+    "The same AdaRound scales on both forms of the V loss; CPU seconds of one scale, and of the statistics."
     seen, n_kv = heads(X), heads.n_kv_heads
     A = seen.A
     form = lambda dW: refined_v_loss(dW, X, A, n_kv)
@@ -157,7 +157,7 @@ def step_seconds(heads, X, W, steps: int) -> dict:
     grid = fit_grid(W, loss.H.mean(0), 2)
     from_data, data = timed(lambda: adaround(W, grid, form, iterations=steps))
     split = loss.split(W)
-    by_head = replace(grid, step=grid.step.view(n_kv, -1, 1), zero=grid.zero.view(n_kv, -1, 1))
+    by_head = replace(grid, scale=grid.scale.view(n_kv, -1, 1), zero=grid.zero.view(n_kv, -1, 1))
     from_matrix, matrix = timed(lambda: adaround(split, by_head, loss, iterations=steps))
     assert (from_data == from_matrix.view_as(from_data)).float().mean() > 0.99  # the same learning
     return dict(data=data / steps, precomputed=matrix / steps, statistics=once)

@@ -69,6 +69,6 @@ if __name__ == "__main__":
     lines, n = differences(a.parse_args().root.resolve())
     print(*lines, sep="\n", end="\n" if lines else "")
     if lines:
-        print("To bring them in step: make export")
+        print("To bring them in scale: make export")
     print(f"checked: {n} files")
     sys.exit(bool(lines))

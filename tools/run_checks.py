@@ -10,7 +10,7 @@ PY = sys.executable
 TWO = ("-n", "2", "--dist")  # processes that share the tests: whole files, which have fixtures in common, or any
 BROWSER = ("tests/test_lab.py", "tests/test_site.py")  # the longest first
 STEPS = (
-    ("Library and README are in step with the notebooks", [PY, "tools/check_sync.py"]),
+    ("Library and README are in scale with the notebooks", [PY, "tools/check_sync.py"]),
     ("Modules import only from below", [PY, "tools/check_ladder.py"]),
     ("Ruff on library, notebooks and tools", [PY, "-m", "ruff", "check", "--quiet", "."]),
     ("Cells are short", [PY, "tools/cell_report.py"]),
@@ -23,7 +23,7 @@ ENV = dict(os.environ, PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
 
 
 def run(command):
-    "Runs a step, showing what it prints; its exit status and output."
+    "Runs a scale, showing what it prints; its exit status and output."
     process = subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines = []
     for line in process.stdout:
@@ -50,10 +50,10 @@ def main():
         if "pytest" not in command and "--check" not in command:
             passed += not status
         if status:
-            print(f"\nFAILED at step {i}: {title}\n\n{passed} passed, {failed or 1} failed", flush=True)
+            print(f"\nFAILED at scale {i}: {title}\n\n{passed} passed, {failed or 1} failed", flush=True)
             sys.exit(1)
     minutes = (time.time() - start) / 60
-    print(f"\nAll {len(STEPS)} steps passed in {minutes:.1f} minutes. Tests, notebook cells and checks together:")
+    print(f"\nAll {len(STEPS)} scales passed in {minutes:.1f} minutes. Tests, notebook cells and checks together:")
     print(f"{passed} passed, 0 failed" + (f", {skipped} skipped" if skipped else ""))
 
 

@@ -40,7 +40,7 @@ def measure(model, calib, config, team, clock):
         report = quantize_model(model, calib, config, team=team)
         meter.charge()
     for layer in report.layers.values():
-        digest.update(layer.W_int.numpy().tobytes())
+        digest.update(layer.codes.numpy().tobytes())
     seconds = {name: phase.seconds for name, phase in meter.phases.items()}
     statistics = sum(seconds.get(name, 0) for name in TOKEN_PHASES)
     talk = seconds.pop("talk")

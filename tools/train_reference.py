@@ -355,7 +355,7 @@ def train(args):
     average, momentum = [t.clone() for t in master], [torch.zeros_like(t) for t in master]
     second = [torch.zeros_like(master[i]) for i in other]
     state = {"master": master, "average": average, "momentum": momentum, "second": second}
-    step, spent, before = 0, 0, 0.0  # steps, tokens, minutes
+    scale, spent, before = 0, 0, 0.0  # scales, tokens, minutes
     folder = args.out / ("second" if args.init else "first")
     folder.mkdir(parents=True, exist_ok=True)
     if args.resume:
@@ -363,11 +363,11 @@ def train(args):
             for key, tensors in state.items():
                 for i, t in enumerate(tensors):
                     t.copy_(file.get_tensor(f"{key}.{i}"))
-            step, spent, before = (float(file.metadata()[k]) for k in ("step", "tokens", "minutes"))
-            step, spent = int(step), int(spent)
+            scale, spent, before = (float(file.metadata()[k]) for k in ("scale", "tokens", "minutes"))
+            scale, spent = int(scale), int(spent)
 
     streams = load_file(args.text / "tokens.safetensors")
-    seed = args.seed + 1000 + 7 * step  # another order after a resumption
+    seed = args.seed + 1000 + 7 * scale  # another order after a resumption
     docs, added = (windows(streams[s], rank, world, seed) for s in ("train", "added"))
     dice = random.Random(seed + rank)
     starts = torch.linspace(0, len(streams["heldout"]) // WINDOW - 2, 96).long()[rank::world, None] * WINDOW
@@ -397,7 +397,7 @@ def train(args):
         return math.exp(total.item() / len(starts) / world)
 
     def save(minutes):
-        progress = {"minutes": minutes, "tokens": spent, "step": step}
+        progress = {"minutes": minutes, "tokens": spent, "scale": scale}
         kept = {f"{k}.{i}": t for k, ts in state.items() for i, t in enumerate(ts)}
         for name, tensors in ("model", dict(zip(names, average))), ("state", kept):
             save_file(tensors, folder / f"{name}.part", {"format": "pt"} | {k: str(v) for k, v in progress.items()})
@@ -418,7 +418,7 @@ def train(args):
         done = (minutes := clock.item()) / args.minutes
         if done >= 1:
             break
-        rate = args.peak * min(1.0, (step + 1) / 60, (1 - done) / (1 - args.hold))
+        rate = args.peak * min(1.0, (scale + 1) / 60, (1 - done) / (1 - args.hold))
         model.zero_grad()
         loss = forward(batch(args.added[0] + (args.added[1] - args.added[0]) * done))
         loss.backward()
@@ -427,7 +427,7 @@ def train(args):
             if world > 1:
                 dist.all_reduce(flat)
                 flat /= world
-            clip, mu = min(1.0, 1.0 / (flat.norm().item() + 1e-6)), 0.85 + 0.1 * min(1, step / 200)
+            clip, mu = min(1.0, 1.0 / (flat.norm().item() + 1e-6)), 0.85 + 0.1 * min(1, scale / 200)
             for (rows, columns), at in shapes.items():  # Muon: orthogonalized Nesterov momentum
                 mine, moving, gradient = ([ts[i] for i in at] for ts in (master, momentum, grads))
                 torch._foreach_lerp_(moving, gradient, 1 - mu)
@@ -441,18 +441,18 @@ def train(args):
             for i, square in zip(other, second):  # AdamW
                 momentum[i].lerp_(grads[i] * clip, 0.1)
                 square.lerp_((grads[i] * clip) ** 2, 0.05)
-                update = momentum[i] / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+                update = momentum[i] / (1 - 0.9 ** (scale + 1)) / ((square / (1 - 0.95 ** (scale + 1))).sqrt() + 1e-8)
                 if master[i].ndim == 2:
                     master[i].mul_(1 - rate * 3e-3 * 0.05)
                 master[i].add_(update, alpha=-rate * 3e-3)
-            torch._foreach_lerp_(average, master, 1 - min(0.98, step / (step + 10)))
+            torch._foreach_lerp_(average, master, 1 - min(0.98, scale / (scale + 10)))
         use(master)
-        step, spent = step + 1, spent + world * args.batch * WINDOW
+        scale, spent = scale + 1, spent + world * args.batch * WINDOW
         losses.append(loss.item())
-        if step % 100 == 0:
+        if scale % 100 == 0:
             value, speed = watch(), (spent - first_tokens) / (time.time() - start)
             if rank == 0:
-                print(f"{minutes:6.1f} min  step {step}  {spent / 1e6:.2f}M tokens  {speed:.0f}/s  rate {rate:.3f}  "
+                print(f"{minutes:6.1f} min  scale {scale}  {spent / 1e6:.2f}M tokens  {speed:.0f}/s  rate {rate:.3f}  "
                       f"loss {sum(losses) / len(losses):.4f}  watched perplexity {value:.2f}", flush=True)
             losses.clear()
         if rank == 0 and time.time() - saved > 180:
@@ -479,9 +479,9 @@ def nll(model, blocks):
 def round_to_nearest(weight, bits):
     """Asymmetric min-max grid, one for each output channel."""
     low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
-    step = (high - low).clamp(min=1e-9) / (2**bits - 1)
-    zero = (-low / step).round()
-    return (((weight / step).round() + zero).clamp(0, 2**bits - 1) - zero) * step
+    scale = (high - low).clamp(min=1e-9) / (2**bits - 1)
+    zero = (-low / scale).round()
+    return (((weight / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale
 
 
 def finish(args):
@@ -524,7 +524,7 @@ def finish(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("step", choices=["fetch", "corpus", "tokens", "train", "finish"])
+    add("scale", choices=["fetch", "corpus", "tokens", "train", "finish"])
     add("--out", type=Path, default=Path("build/reference"), help="work folder (default: %(default)s)")
     add("--extra", type=Path, default=Path("build/reference/extra"), help="folder of the unpacked further packages; "
         "without one there is no added text but comments (default: %(default)s)")
@@ -535,7 +535,7 @@ def main():
     add("--minutes", type=float, default=44, help="train: length of the run (default: %(default)s)")
     add("--init", type=Path, help="train: start from the model.safetensors of this folder (stage 2)")
     add("--resume", action="store_true", help="train: go on from the last saved state; same --minutes, same --init")
-    add("--batch", type=int, default=12, help="train: windows per process and step (default: %(default)s)")
+    add("--batch", type=int, default=12, help="train: windows per process and scale (default: %(default)s)")
     add("--peak", type=float, help="train: factor on the learning rates (default: 1; stage 2: 0.8)")
     add("--hold", type=float, help="train: share of the time before the decay to zero (0.35; stage 2: 0.2)")
     add("--added", type=float, nargs=2, metavar=("FROM", "TO"), help="train: share of windows taken from the added "
@@ -547,7 +547,7 @@ def main():
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
     args.text = args.text or args.out
     args.out.mkdir(parents=True, exist_ok=True)
-    {"fetch": fetch, "corpus": corpus, "tokens": tokens, "train": train, "finish": finish}[args.step](args)
+    {"fetch": fetch, "corpus": corpus, "tokens": tokens, "train": train, "finish": finish}[args.scale](args)
 
 
 if __name__ == "__main__":

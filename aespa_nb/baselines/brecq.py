@@ -117,7 +117,7 @@ def _check(task: BlockTask, weight: float, warmup: float) -> None:
 
 # %% ../../nbs/baselines/54_brecq.ipynb #e7b0d99e
 def _penalty(rounding: BlockRounding, unit: float, warmup: float) -> Callable[[float], Tensor | None]:
-    "The penalty after a share of the steps; None during the warm-up."
+    "The penalty after a share of the scales; None during the warm-up."
 
     def penalty(done: float) -> Tensor | None:
         beta = beta_schedule(done, warmup)

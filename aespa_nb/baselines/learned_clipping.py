@@ -26,9 +26,9 @@ class _Shares:
 
     def __init__(
         self,
-        W: Float[Tensor, "out inp"],  # gives the shape; what is rounded may change from step to step
+        W: Float[Tensor, "out inp"],  # gives the shape; what is rounded may change from scale to scale
         bits: int,  # 2 to 8
-        group_size: int | None = None,  # inputs that share a step; None: the whole row
+        group_size: int | None = None,  # inputs that share a scale; None: the whole row
         symmetric: bool = False,  # zero fixed to the middle code, one share for both ends
         logit: float = 2.0,  # at the start: sigmoid(2) = 0.88
     ):
@@ -48,15 +48,15 @@ class LearnedClip(_Shares):
         below, above = (-W.amin(-1)).clamp(min=0), W.amax(-1).clamp(min=0)
         if self.symmetric:
             below = above = torch.maximum(below, above)
-        step = (share[0] * below + share[-1] * above) / n
-        step = torch.where(step > 0, step, 1)
-        return step, torch.full_like(step, (n + 1) / 2) if self.symmetric else straight_through(share[0] * below / step)
+        scale = (share[0] * below + share[-1] * above) / n
+        scale = torch.where(scale > 0, scale, 1)
+        return scale, torch.full_like(scale, (n + 1) / 2) if self.symmetric else straight_through(share[0] * below / scale)
 
     def round(self, W: Float[Tensor, "out inp"]) -> Float[Tensor, "out inp"]:
         "The nearest values of the clipped grid; gradients reach `W` and the shares."
-        step, zero = (t[..., None] for t in self.ends(W))
-        codes = (straight_through(grouped(W, self.group_size) / step) + zero).clamp(0, 2**self.bits - 1)
-        return (step * (codes - zero)).reshape(W.shape)
+        scale, zero = (t[..., None] for t in self.ends(W))
+        codes = (straight_through(grouped(W, self.group_size) / scale) + zero).clamp(0, 2**self.bits - 1)
+        return (scale * (codes - zero)).reshape(W.shape)
 
     def grid(self, W: Float[Tensor, "out inp"]) -> Grid:
         "The grid as it is now."

@@ -30,9 +30,9 @@ def _reach(W: Float[Tensor, "out groups size"]) -> tuple[Tensor, Tensor]:
 def _steps(below: Tensor, above: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     "Step and zero-point of a grid from `-below` to `above`; gradients pass through both."
     span = 2 * torch.maximum(below, above) if symmetric else below + above
-    step = torch.where(span > 0, span / (2**bits - 1), 1)  # a row of zeros
-    middle = torch.full_like(step, 2 ** (bits - 1))
-    return step, middle if symmetric else round_through(below / step)
+    scale = torch.where(span > 0, span / (2**bits - 1), 1)  # a row of zeros
+    middle = torch.full_like(scale, 2 ** (bits - 1))
+    return scale, middle if symmetric else round_through(below / scale)
 
 # %% ../../nbs/baselines/56_signround.ipynb #8b05e418
 class LearnedRounding:
@@ -42,7 +42,7 @@ class LearnedRounding:
         self,
         W: Float[Tensor, "out inp"],
         bits: int,
-        group_size: int | None = None,  # inputs that share a step; None: the whole row
+        group_size: int | None = None,  # inputs that share a scale; None: the whole row
         symmetric: bool = False,  # zero-point fixed to the middle code
     ):
         check_bits(bits)
@@ -56,15 +56,15 @@ class LearnedRounding:
         "Brings everything back to where it is allowed to be."
         self.offset.clamp_(-0.5, 0.5)
         for factor in (self.low, self.high):
-            factor.clamp_(0.01, 1)  # not 0: the step must stay positive
+            factor.clamp_(0.01, 1)  # not 0: the scale must stay positive
 
 # %% ../../nbs/baselines/56_signround.ipynb #c9974b2b
 def _weight(part: LearnedRounding) -> tuple[Float[Tensor, "out inp"], Tensor, Tensor]:
     "The rounded weight, its steps and zero-points; gradients pass."
-    step, zero = _steps(part.low * part.below, part.high * part.above, part.bits, part.symmetric)
-    s, z = step[..., None], zero[..., None]
+    scale, zero = _steps(part.low * part.below, part.high * part.above, part.bits, part.symmetric)
+    s, z = scale[..., None], zero[..., None]
     codes = (round_through(part.W / s + part.offset) + z).clamp(0, 2**part.bits - 1)
-    return (s * (codes - z)).flatten(-2), step, zero
+    return (s * (codes - z)).flatten(-2), scale, zero
 
 # %% ../../nbs/baselines/56_signround.ipynb #ac0b1240
 class SignDescent(torch.optim.Optimizer):
@@ -74,7 +74,7 @@ class SignDescent(torch.optim.Optimizer):
         super().__init__(parameters, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def scale(self, closure=None) -> None:
         "One step; parameters without a gradient stay."
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
@@ -86,7 +86,7 @@ class SignDescent(torch.optim.Optimizer):
 
 # %% ../../nbs/baselines/56_signround.ipynb #28300a52
 def _keep_best(learned: list[Tensor], errors: Iterable[float]) -> None:
-    "Goes through all steps, then puts back what had the least error."
+    "Goes through all scales, then puts back what had the least error."
     least, kept = float("inf"), None
     for error in errors:
         if error < least:
@@ -97,9 +97,9 @@ def _keep_best(learned: list[Tensor], errors: Iterable[float]) -> None:
 # %% ../../nbs/baselines/56_signround.ipynb #34563bea
 def _put(weight: Tensor, part: LearnedRounding) -> Rounded:
     "Writes the rounded weight; returns its grid."
-    W_hat, step, zero = _weight(part)
+    W_hat, scale, zero = _weight(part)
     weight.copy_(W_hat)
-    return Rounded(Grid(part.bits, step, zero), weight.new_ones(weight.shape[-1]))
+    return Rounded(Grid(part.bits, scale, zero), weight.new_ones(weight.shape[-1]))
 
 # %% ../../nbs/baselines/56_signround.ipynb #b28abc57
 @torch.no_grad()

@@ -26,14 +26,14 @@ def answers(
     return (U / U.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1)
 
 # %% ../../nbs/baselines/55_turboboa.ipynb #f554372a
-def _round_wave(B, T, S, step, zero, max_code):
+def _round_wave(B, T, S, scale, zero, max_code):
     "Rounds `B` `[heads rows cols]` along its diagonals, in place moving what is to come; codes and column errors."
     rows, cols = B.shape[-2:]
     codes, alone, error = (torch.zeros_like(B) for _ in range(3))
     for t in range(rows + cols - 1):
         i = torch.arange(max(0, t - cols + 1), min(rows, t + 1), device=B.device)
         j = t - i
-        v, s, z = B[:, i, j], step[:, i, j], zero[:, i, j]
+        v, s, z = B[:, i, j], scale[:, i, j], zero[:, i, j]
         w = v - (S[:, :, i] * alone[:, :, j]).sum(1)
         codes[:, i, j] = c = (torch.round(w / s) + z).clamp(0, max_code)
         alone[:, i, j], error[:, i, j] = w - s * (c - z), v - s * (c - z)
@@ -65,53 +65,53 @@ def _columns(H, heads, act_order):
 def _round_rows(W, grid, columns, S, block_size):
     "Codes of some rows of every head; all the columns to come are updated once for each block of columns."
     move = lambda t: _permuted(t.mT, columns.order).mT.contiguous()
-    step, zero = (move(t) for t in grid.expand(W.shape[-1]))
+    scale, zero = (move(t) for t in grid.expand(W.shape[-1]))
     W, codes, T = move(W), torch.empty_like(W), columns.T
     for a in range(0, W.shape[-1], block_size):
         c, rest = slice(a, a + block_size), slice(a + block_size, None)
-        part = step[..., c], zero[..., c], grid.max_code
+        part = scale[..., c], zero[..., c], grid.max_code
         codes[..., c], error = _round_wave(W[..., c], T[:, c, c], S, *part)
         W[..., rest] -= error @ T[:, c, rest]
     return _permuted(codes.mT, columns.order.argsort(-1)).mT
 
 # %% ../../nbs/baselines/55_turboboa.ipynb #0aab9302
-def _coordinate_descent(A, b, step, sweeps: int = 3):
-    "Lowers `x A x - 2 b x`, one `x_i` after the other in every head; `step + x` stays above a tenth of `step`."
+def _coordinate_descent(A, b, scale, sweeps: int = 3):
+    "Lowers `x A x - 2 b x`, one `x_i` after the other in every head; `scale + x` stays above a tenth of `scale`."
     x = torch.zeros_like(b)
     for i in [*range(b.shape[-1])] * sweeps:
         move = (b[..., i] - (A[..., i, :] * x).sum(-1)) / A[..., i, i]
-        x[..., i] = torch.maximum(x[..., i] + move.nan_to_num(0, 0, 0), -0.9 * step[..., i])
+        x[..., i] = torch.maximum(x[..., i] + move.nan_to_num(0, 0, 0), -0.9 * scale[..., i])
     return x
 
 # %% ../../nbs/baselines/55_turboboa.ipynb #d1ae05a6
 def refine_steps(
     W: Weight,  # what the codes approximate
-    W_int: Weight,  # codes
+    codes: Weight,  # codes
     grid: Grid,
     H: Hessian,
     G: Float[Tensor, "*#heads out out"] | None = None,  # weighs the rows of a head; None: rows are independent
     rounds: int = 2,  # over the groups of inputs
 ) -> Grid:
-    "The grid with its steps fitted to the codes under `tr(G E H E^T)`: one at a time, each exactly."
-    step, (groups, inp) = grid.step.clone(), (grid.step.shape[-1], W.shape[-1])
-    C = W_int - grid.expand(inp)[1]
-    P = (step.repeat_interleave(inp // groups, -1) * C - W) @ H
+    "The grid with its scales fitted to the codes under `tr(G E H E^T)`: one at a time, each exactly."
+    scale, (groups, inp) = grid.scale.clone(), (grid.scale.shape[-1], W.shape[-1])
+    C = codes - grid.expand(inp)[1]
+    P = (scale.repeat_interleave(inp // groups, -1) * C - W) @ H
     for g in [*range(groups)] * rounds:
         c = slice(g * inp // groups, (g + 1) * inp // groups)
         change, b = C[..., c] @ H[..., c, :], -((P if G is None else G @ P)[..., c] * C[..., c]).sum(-1)
         if G is None:
-            x = (b / (change[..., c] * C[..., c]).sum(-1)).nan_to_num(0, 0, 0).maximum(-0.9 * step[..., g])
+            x = (b / (change[..., c] * C[..., c]).sum(-1)).nan_to_num(0, 0, 0).maximum(-0.9 * scale[..., g])
         else:
-            x = _coordinate_descent(G * (change[..., c] @ C[..., c].mT), b, step[..., g])
-        step[..., g] += x
+            x = _coordinate_descent(G * (change[..., c] @ C[..., c].mT), b, scale[..., g])
+        scale[..., g] += x
         P += x[..., None] * change
-    return Grid(grid.bits, step, grid.zero)
+    return Grid(grid.bits, scale, grid.zero)
 
 # %% ../../nbs/baselines/55_turboboa.ipynb #3270b6ab
 class BoaResult(NamedTuple):
     "What `boa` leaves."
 
-    W_int: Weight  # codes
+    codes: Weight
     grid: Grid
 
 # %% ../../nbs/baselines/55_turboboa.ipynb #b78899ca
@@ -120,9 +120,9 @@ def _check(W, H, grid, G, rows, rounds, block_size):
     inp, heads = W.shape[-1], W.shape[:-2].numel()
     bad = [M for M, n in ((H, inp), (G, W.shape[-2])) if M is not None and (
         M.shape[-2:] != (n, n) or M.shape[:-2].numel() not in (1, heads))]
-    if bad or grid.step.shape[:-1] != W.shape[:-1] or inp % grid.step.shape[-1]:
-        shapes = ", ".join(str(list(t.shape)) for t in (W, H, grid.step, *([] if G is None else [G])))
-        raise AespaError(f"W, H, step and G do not fit: {shapes}")
+    if bad or grid.scale.shape[:-1] != W.shape[:-1] or inp % grid.scale.shape[-1]:
+        shapes = ", ".join(str(list(t.shape)) for t in (W, H, grid.scale, *([] if G is None else [G])))
+        raise AespaError(f"W, H, scale and G do not fit: {shapes}")
     if rows < 1 or rounds < 0 or block_size < 1:
         raise AespaError("boa needs rows >= 1, rounds >= 0 and block_size >= 1")
     if not torch.isfinite(W).all():
@@ -130,7 +130,7 @@ def _check(W, H, grid, G, rows, rounds, block_size):
 
 # %% ../../nbs/baselines/55_turboboa.ipynb #25dcf2f0
 def _in_turn(W, grid, rounds, solve, H, G):
-    "Codes by `solve(grid)`, then steps, in turn; without rounds the codes alone."
+    "Codes by `solve(grid)`, then scales, in turn; without rounds the codes alone."
     codes = solve(grid)
     for k in range(rounds):
         grid = refine_steps(W, codes, grid, H, G)
@@ -143,18 +143,18 @@ class _Heads(NamedTuple):
 
     W: Float[Tensor, "heads out inp"]
     codes: Float[Tensor, "heads out inp"]
-    step: Float[Tensor, "heads out groups"]
+    scale: Float[Tensor, "heads out groups"]
     zero: Float[Tensor, "heads out groups"]
 
 
 def _round_some(p, V, b, bits, columns, fit, rounds, block_size):
     "Rounds the rows `b` of every head; the rows after them answer."
     W, V_b = p.W[:, b], V[:, b, b]
-    grid = fit(W) if fit and b.start else Grid(bits, p.step[:, b], p.zero[:, b])
+    grid = fit(W) if fit and b.start else Grid(bits, p.scale[:, b], p.zero[:, b])
     root = torch.linalg.solve_triangular(V_b, torch.eye(V_b.shape[-1]).to(V_b), upper=True)
     solve = lambda grid: _round_rows(W, grid, columns, answers(V_b), block_size)
     codes, grid = _in_turn(W, grid, rounds, solve, columns.H, root @ root.mT)
-    p.codes[:, b], p.step[:, b], p.zero[:, b] = codes, grid.step, grid.zero
+    p.codes[:, b], p.scale[:, b], p.zero[:, b] = codes, grid.scale, grid.zero
     rest = slice(b.stop, None)
     p.W[:, rest] -= (root @ V[:, b, rest]).mT @ (W - grid.values(codes))
 
@@ -165,12 +165,12 @@ def _by_heads(W, H, grid, G, fit, rows, rounds, act_order, block_size):
     G = G.reshape(-1, out, out).expand(heads, -1, -1)
     order = processing_order(G, act_order)
     flat = lambda t: _permuted(t.reshape(heads, out, -1), order)
-    p = _Heads(flat(W), flat(W), flat(grid.step), flat(grid.zero))
+    p = _Heads(flat(W), flat(W), flat(grid.scale), flat(grid.zero))
     V, columns = inverse_factor(_permuted(_permuted(G, order).mT, order)), _columns(H, heads, act_order)
     for a in range(0, out, rows):
         _round_some(p, V, slice(a, min(a + rows, out)), grid.bits, columns, fit, rounds, block_size)
-    codes, step, zero = (_permuted(t, order.argsort(-1)) for t in p[1:])
-    found = Grid(grid.bits, step, zero)
+    codes, scale, zero = (_permuted(t, order.argsort(-1)) for t in p[1:])
+    found = Grid(grid.bits, scale, zero)
     found = refine_steps(W.reshape(codes.shape), codes, found, columns.H, G) if rounds else found
     return BoaResult(codes.reshape(W.shape), found.view(*W.shape[:-1]))
 
@@ -183,7 +183,7 @@ def boa(
     G: Float[Tensor, "*#heads out out"] | None = None,  # weighs the rows of a head, damped; None: independent rows
     fit: Callable[[Weight], Grid] | None = None,  # grid of some rows `[heads some inp]` as they now stand; None: `grid`
     rows: int = 8,  # of each head that are rounded together, on grids fitted together
-    rounds: int = 2,  # codes and steps take turns; 0: the steps stay
+    rounds: int = 2,  # codes and scales take turns; 0: the scales stay
     act_order: bool = True,  # rows and columns with the largest diagonals of G and H first
     block_size: int = 128,  # columns between two updates of all the columns to come
 ) -> BoaResult:
@@ -192,6 +192,6 @@ def boa(
     Raises `NumericalError` if `H` or `G` is not positive definite, `AespaError` if shapes do not fit."""
     _check(W, H, grid, G, rows, rounds, block_size)
     if G is None:
-        solve = lambda grid: gptq(W, H, grid, act_order, block_size).W_int
+        solve = lambda grid: gptq(W, H, grid, act_order, block_size).codes
         return BoaResult(*_in_turn(W, grid, rounds, solve, H, None))
     return _by_heads(W, H, grid, G, fit, rows, rounds, act_order, block_size)

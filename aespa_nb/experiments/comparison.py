@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
     preset: str
     bits: int
-    group_size: int | None = None  # inputs that share a step; None: the whole row
+    group_size: int | None = None  # inputs that share a scale; None: the whole row
     seed: int = 0
 
     @property

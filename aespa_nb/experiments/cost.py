@@ -166,7 +166,7 @@ def gauss_newton_work(
 
 # %% ../../nbs/experiments/81_cost.ipynb #c09f20eb
 def search_work(rows: int, inp: int, tries: int, size: int | None = None) -> Work:
-    "Of a grid search with `tries` pairs of step and zero-point; `size` inputs share a step."
+    "Of a grid search with `tries` pairs of scale and zero-point; `size` inputs share a scale."
     return product_work(rows, size or inp, size or inp) * (tries * (inp // (size or inp)))
 
 
@@ -190,7 +190,7 @@ def descent_work(
 
 
 def adam_work(rows: int, inp: int, steps: int, head_rows: int = 0) -> Work:
-    "Of AdaRound's steps, with about 14 arrays of the weight's size read or written in each."
+    "Of AdaRound's scales, with about 14 arrays of the weight's size read or written in each."
     one = product_work(rows, inp, inp) + product_work(rows, head_rows, inp) + Work(0, 14 * 4 * rows * inp)
     return one * steps
 

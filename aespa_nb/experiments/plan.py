@@ -198,7 +198,7 @@ class Trial(Extent):
     phases: list[dict[str, float]] = field(default_factory=list)  # seconds: of no block, then of each kind's
     shorter: list[dict[str, float]] = field(default_factory=list)  # likewise
     in_blocks: dict[str, float] = field(default_factory=dict)  # share of an evaluation's time that blocks take
-    grid_bytes: list[int] = field(default_factory=list)  # of each kind's block: steps, zero-points, zetas
+    grid_bytes: list[int] = field(default_factory=list)  # of each kind's block: scales, zero-points, zetas
     file_bytes: list[int] = field(default_factory=list)  # in the checkpoint
     journal_bytes: list[int] = field(default_factory=list)  # in the journal
     folder_bytes: int = 0  # of the whole checkpoint
@@ -277,7 +277,7 @@ def _places(kinds: list[Kind]) -> list[tuple[str, int]]:
 
 def _grids(trial: Trial, report: QuantReport) -> None:
     "Reads off the bytes of what is kept beside each block's weights."
-    size = lambda r: r.grid.step.nbytes + r.grid.zero.nbytes + r.zeta.nbytes
+    size = lambda r: r.grid.scale.nbytes + r.grid.zero.nbytes + r.zeta.nbytes
     for stack, i in _places(trial.kinds):
         mine = [r for name, r in report.layers.items() if name.startswith(f"{stack}.{i}.")]
         trial.grid_bytes.append(sum(map(size, mine)))

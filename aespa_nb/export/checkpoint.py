@@ -51,8 +51,8 @@ class Exported:
     "What `export_model` wrote."
 
     format: str
-    dtype: torch.dtype  # of all that is not packed, steps included
-    sizes: dict[str, int]  # bytes: "codes", "steps", "zero-points" and "index" of the packed linears, and the "rest"
+    dtype: torch.dtype  # of all that is not packed, scales included
+    sizes: dict[str, int]  # bytes: "codes", "scales", "zero-points" and "index" of the packed linears, and the "rest"
     weights: int  # how many weights the packed linears have
     dense: list[str]  # rounded layers that are not packed
     step_change: float  # largest relative change of a step
@@ -64,8 +64,8 @@ class Exported:
 
 # %% ../../nbs/export/73_checkpoint.ipynb #f098507e
 _PARTS = {
-    **dict(weight_packed="codes", weight_scale="steps", weight_zero_point="zero-points", weight_shape="index"),
-    **dict(qweight="codes", scales="steps", qzeros="zero-points", g_idx="index"),
+    **dict(weight_packed="codes", weight_scale="scales", weight_zero_point="zero-points", weight_shape="index"),
+    **dict(qweight="codes", scales="scales", qzeros="zero-points", g_idx="index"),
 }
 
 
@@ -101,7 +101,7 @@ def _save_codes(report: QuantReport, folder: Path) -> None:
     "`quantization.safetensors`: what the dense weights were made of."
     tensors = {}
     for name, r in report.layers.items():
-        parts = {"W_int": r.W_int, "step": r.grid.step, "zero": r.grid.zero.to(torch.uint8), "zeta": r.zeta}
+        parts = {"codes": r.codes, "scale": r.grid.scale, "zero": r.grid.zero.to(torch.uint8), "zeta": r.zeta}
         tensors.update({f"{name}.{k}": _own(v) for k, v in parts.items()})
     bits = {name: r.grid.bits for name, r in report.layers.items()}
     save_file(tensors, folder / "quantization.safetensors", {"bits": json.dumps(bits)})
@@ -241,7 +241,7 @@ def export_model(
     format: str = "compressed-tensors",  # or "gptq" (version 2), or "dense"
     tokenizer: PreTrainedTokenizerBase | None = None,
     facts: dict | None = None,  # for the model card: "base model", "calibration", "perplexity", ...
-    dtype: torch.dtype | None = None,  # of all that isn't packed, steps included; None: the model's
+    dtype: torch.dtype | None = None,  # of all that isn't packed, scales included; None: the model's
 ) -> Exported:
     """Writes a checkpoint that stock tools load. Raises `AespaError`, and writes nothing, if the format can't hold it,
     `model.config` describes another model, or the folder holds something."""
@@ -276,15 +276,15 @@ def _stored(folder: Path, bits: dict[str, int]) -> tuple[dict[str, tuple[Grid, T
     found, codes = {}, {}
     with safe_open(folder / "quantization.safetensors", "pt") as f:
         for name, b in bits.items():
-            step, zero, zeta, codes[name] = (f.get_tensor(f"{name}.{k}") for k in ("step", "zero", "zeta", "W_int"))
-            found[name] = Grid(b, step, zero.to(step.dtype)), zeta
+            scale, zero, zeta, codes[name] = (f.get_tensor(f"{name}.{k}") for k in ("scale", "zero", "zeta", "codes"))
+            found[name] = Grid(b, scale, zero.to(scale.dtype)), zeta
     return found, codes
 
 
 def _check_codes(folder: Path, report: QuantReport, codes: dict[str, Tensor]) -> None:
     "Raises `AespaError` if weights are not those of the codes."
-    for name, W_int in codes.items():
-        if not torch.equal(report.layers[name].W_int, W_int):
+    for name, stored in codes.items():
+        if not torch.equal(report.layers[name].codes, stored):
             raise AespaError(f"{folder}: weight and codes of {name} disagree, a file is damaged: quantize again")
 
 # %% ../../nbs/export/73_checkpoint.ipynb #fec0dbb7

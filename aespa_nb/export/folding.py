@@ -25,7 +25,7 @@ from ..rounding.grid import Grid
 @torch.no_grad()
 def _rewrite(r: LayerResult, grid: Grid, zeta: Tensor, dtype: torch.dtype | None = None) -> LayerResult:
     "The layer with the same codes on another grid; its weight is written anew, with numbers that `dtype` has."
-    values = grid.values(r.W_int)
+    values = grid.values(r.codes)
     r.weight.copy_((values * zeta.to(values.dtype)).to(dtype or r.weight.dtype))
     return replace(r, grid=grid, zeta=zeta)
 
@@ -37,10 +37,10 @@ def _check_dtype(report: QuantReport, dtype: torch.dtype) -> None:
             raise AespaError(f"bfloat16 does not tell the 8-bit codes of {name} apart: load and export as float32")
 
 # %% ../../nbs/export/71_folding.ipynb #d2b5919c
-def _snap_step(step: Tensor, dtype: torch.dtype) -> Tensor:
-    "The nearest numbers that `dtype` has, in the type of `step`; none becomes 0."
+def _snap_step(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    "The nearest numbers that `dtype` has, in the type of `scale`; none becomes 0."
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return step.clamp(min=least).to(dtype).to(step.dtype)
+    return scale.clamp(min=least).to(dtype).to(scale.dtype)
 
 # %% ../../nbs/export/71_folding.ipynb #8b413f0e
 @torch.no_grad()
@@ -49,16 +49,16 @@ def snap_model(
     report: QuantReport,
     dtype: torch.dtype,  # of a checkpoint
 ) -> float:  # the largest relative change of a step
-    "Rounds every parameter and step to a number that `dtype` has, in place. Raises `AespaError` if codes would change."
+    "Rounds every parameter and scale to a number that `dtype` has, in place. Raises `AespaError` if codes would change."
     _check_dtype(report, dtype)
     change = 0.0
     for name, p in model.named_parameters():
         if name.removesuffix(".weight") not in report.layers:
             p.copy_(p.to(dtype))
     for name, r in report.layers.items():
-        step = _snap_step(r.grid.step, dtype)
-        change = max(change, float((step / r.grid.step - 1).abs().max()))
-        report.layers[name] = _rewrite(r, replace(r.grid, step=step), r.zeta, dtype)
+        scale = _snap_step(r.grid.scale, dtype)
+        change = max(change, float((scale / r.grid.scale - 1).abs().max()))
+        report.layers[name] = _rewrite(r, replace(r.grid, scale=scale), r.zeta, dtype)
     return change
 
 # %% ../../nbs/export/71_folding.ipynb #5e9eadd9
@@ -84,14 +84,14 @@ def _norm_with(norm: nn.Module, zeta: Tensor) -> nn.Module | None:
 # %% ../../nbs/export/71_folding.ipynb #bfff1b7f
 @torch.no_grad()
 def _scale_rows(linear: nn.Linear, zeta: Tensor, r: LayerResult | None) -> LayerResult | None:
-    "Scales the output of `linear` in place; if it is rounded (`r`), through its steps."
+    "Scales the output of `linear` in place; if it is rounded (`r`), through its scales."
     if linear.bias is not None:
         linear.bias.mul_(zeta.to(linear.bias))
     if r is None:
         linear.weight.mul_(zeta.to(linear.weight)[:, None])
         return None
-    step = r.grid.step * zeta.to(r.grid.step)[:, None]
-    return _rewrite(r, replace(r.grid, step=step), r.zeta)
+    scale = r.grid.scale * zeta.to(r.grid.scale)[:, None]
+    return _rewrite(r, replace(r.grid, scale=scale), r.zeta)
 
 # %% ../../nbs/export/71_folding.ipynb #5e43e14b
 def _zeta_pairs(model: PreTrainedModel, layers: Iterable[str]) -> list[tuple[str, list[str]]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import AespaError
-from .packing import pack, unpack
+from ..rounding.packing import pack, unpack
 from ..quantize.layer import LayerResult
 from ..quantize.report import QuantReport
 from ..rounding.grid import Grid
@@ -28,40 +28,40 @@ def _symmetric(report: QuantReport) -> bool:
 
 def _write_compressed(r: LayerResult, symmetric: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     "The tensors of a layer in compressed-tensors' pack-quantized format."
-    codes, grid = r.W_int, r.grid
+    codes, grid = r.codes, r.grid
     zero = {} if symmetric else {"weight_zero_point": pack(grid.zero.T, grid.bits).T.contiguous()}
     shape = torch.tensor(codes.shape)
-    return {"weight_packed": pack(codes, grid.bits), "weight_scale": grid.step.to(dtype), "weight_shape": shape, **zero}
+    return {"weight_packed": pack(codes, grid.bits), "weight_scale": grid.scale.to(dtype), "weight_shape": shape, **zero}
 
 # %% ../../nbs/export/72_formats.ipynb #321830cb
 def _read_compressed(t: dict[str, Tensor], bits: int) -> tuple[Tensor, Grid]:
     "Codes and grid from these tensors."
-    step, zero = t["weight_scale"].float(), t.get("weight_zero_point")
-    zero = torch.full_like(step, 2 ** (bits - 1)) if zero is None else unpack(zero.T, bits, len(step)).T.float()
-    return unpack(t["weight_packed"], bits, int(t["weight_shape"][1])), Grid(bits, step, zero)
+    scale, zero = t["weight_scale"].float(), t.get("weight_zero_point")
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if zero is None else unpack(zero.T, bits, len(scale)).T.float()
+    return unpack(t["weight_packed"], bits, int(t["weight_shape"][1])), Grid(bits, scale, zero)
 
 # %% ../../nbs/export/72_formats.ipynb #bddc62fd
 def _write_gptq(r: LayerResult, symmetric: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     "The tensors of a layer in the gptq_v2 format; zero-points are always there."
-    codes, grid, inp = r.W_int, r.grid, r.weight.shape[1]
-    groups = torch.arange(inp, dtype=torch.int32) // (inp // grid.step.shape[1])
+    codes, grid, inp = r.codes, r.grid, r.weight.shape[1]
+    groups = torch.arange(inp, dtype=torch.int32) // (inp // grid.scale.shape[1])
     packed = {"qweight": pack(codes, grid.bits).T, "qzeros": pack(grid.zero.T, grid.bits), "g_idx": groups}
-    return {k: v.contiguous() for k, v in {**packed, "scales": grid.step.to(dtype).T}.items()}
+    return {k: v.contiguous() for k, v in {**packed, "scales": grid.scale.to(dtype).T}.items()}
 
 # %% ../../nbs/export/72_formats.ipynb #e0db142c
 def _read_gptq(t: dict[str, Tensor], bits: int) -> tuple[Tensor, Grid]:
     "Codes and grid from these tensors."
-    step = t["scales"].T.float().contiguous()
-    zero = unpack(t["qzeros"], bits, len(step)).T.float()
-    return unpack(t["qweight"].T, bits, len(t["g_idx"])), Grid(bits, step, zero)
+    scale = t["scales"].T.float().contiguous()
+    zero = unpack(t["qzeros"], bits, len(scale)).T.float()
+    return unpack(t["qweight"].T, bits, len(t["g_idx"])), Grid(bits, scale, zero)
 
 # %% ../../nbs/export/72_formats.ipynb #78c63893
 def _kinds(layers: dict[str, LayerResult]) -> dict[tuple[int, int | None], list[str]]:
-    "The layers of each kind, most frequent first: bits, and inputs that share a step (None: every layer's whole rows)."
-    rows = all(r.grid.step.shape[1] == 1 for r in layers.values())
+    "The layers of each kind, most frequent first: bits, and inputs that share a scale (None: every layer's whole rows)."
+    rows = all(r.grid.scale.shape[1] == 1 for r in layers.values())
     kinds = {}
     for name, r in layers.items():
-        size = None if rows else r.weight.shape[1] // r.grid.step.shape[1]
+        size = None if rows else r.weight.shape[1] // r.grid.scale.shape[1]
         kinds.setdefault((r.grid.bits, size), []).append(name)
     return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
 

@@ -39,9 +39,9 @@ def norm_weights(block: nn.Module) -> dict[str, Tensor]:
 # %% ../../nbs/model/48_block_tuning.ipynb #39c3ed84
 def _check_fit(name: str, W: Tensor, grid: Grid) -> None:
     "Raises `AespaError` unless `grid` has the rows of `W`, and groups that divide its inputs."
-    rows, groups = grid.step.shape[0], grid.step.shape[-1]
-    if grid.step.ndim != 2 or rows != len(W) or W.shape[-1] % groups:
-        raise AespaError(f"the grid of {name}, {tuple(grid.step.shape)}, does not fit its weight {tuple(W.shape)}")
+    rows, groups = grid.scale.shape[0], grid.scale.shape[-1]
+    if grid.scale.ndim != 2 or rows != len(W) or W.shape[-1] % groups:
+        raise AespaError(f"the grid of {name}, {tuple(grid.scale.shape)}, does not fit its weight {tuple(W.shape)}")
 
 
 def _factor(W: Tensor, shape: torch.Size) -> Tensor:
@@ -58,7 +58,7 @@ class Scales:
         self.units = {n: block.get_submodule(n).weight.detach().clone() for n in grids}  # W_hat now
         for n, W in self.units.items():
             _check_fit(n, W, grids[n])
-        self.factors = {n: _factor(W, grids[n].step.shape) for n, W in self.units.items()}
+        self.factors = {n: _factor(W, grids[n].scale.shape) for n, W in self.units.items()}
         self.factors |= {n: _factor(w, w.shape) for n, w in self.norms.items()}
 
     def _wide(self, name: str) -> Tensor:
@@ -66,7 +66,7 @@ class Scales:
         return self.factors[name].repeat_interleave(self.units[name].shape[-1] // self.factors[name].shape[-1], -1)
 
     def parameters(self) -> dict[str, Tensor]:
-        "The block's weights under the present factors, for `functional_call`; steps stay positive."
+        "The block's weights under the present factors, for `functional_call`; scales stay positive."
         with torch.no_grad():
             for factor in self.factors.values():
                 factor.clamp_(min=0.1)
@@ -128,7 +128,7 @@ def learn_block(
     batch_size: int = 8,  # sequences in a step; `stream.batch_size` of them run together
     seed: int = 0,  # of the order of the sequences
     rate: Callable[[float], float] = lambda done: 1 - done,  # share of the learning rates, after a share of the steps
-    penalty: Callable[[float], Tensor | None] | None = None,  # added to the error, after a share of the steps
+    penalty: Callable[[float], Tensor | None] | None = None,  # added to the error, after a share of the scales
     importance: Float[Tensor, " d_model"] | float = 1,  # of each channel's squared error
 ) -> Iterator[float]:  # the relative error before each step, which is taken when the next one is asked for
     "Learns through the block's output, step by step. Raises `NumericalError` if the error is NaN or Inf."
@@ -164,7 +164,7 @@ def tune_scales(
         return grids, losses  # all stays as it was
     for name, value in tuned.items():
         block.get_parameter(name).copy_(value)
-    return {n: replace(g, step=g.step * scales.factors[n].detach().to(g.step)) for n, g in grids.items()}, losses
+    return {n: replace(g, scale=g.scale * scales.factors[n].detach().to(g.scale)) for n, g in grids.items()}, losses
 
 # %% ../../nbs/model/48_block_tuning.ipynb #c13cerr
 @torch.no_grad()
@@ -191,7 +191,7 @@ class BlockTask:
     bits: dict[str, int]  # of each linear to round, by its name in the block
     stream: BlockStream  # what the block reads behind rounded blocks
     target: Float[Tensor, "seq tok d_model"]  # what it puts out at full precision, behind full-precision blocks
-    group_size: int | None = None  # inputs that share a step; None: the whole row
+    group_size: int | None = None  # inputs that share a scale; None: the whole row
     symmetric: bool = False
     iterations: int = 200
     lr: float | None = None  # None: the method's own
@@ -200,7 +200,7 @@ class BlockTask:
 
 
 class Rounded(NamedTuple):
-    "How a rounded weight is stored: `W_hat = step * (W_int - zero) * zeta`."
+    "How a rounded weight is stored: `W_hat = scale * (codes - zero) * zeta`."
 
-    grid: Grid  # step and zero: [out groups]
+    grid: Grid  # scale and zero: [out groups]
     zeta: Float[Tensor, " inp"]

@@ -293,7 +293,7 @@ def _one_pass(block, stream, grams, found, collectors, counted, full, last) -> _
 
 # %% ../../nbs/model/46_statistics.ipynb #d986b62f
 def _beside(full, listeners, stop, last, steps):
-    "`steps`, each after the same batch of the full-precision stream has left its inputs."
+    "`scales`, each after the same batch of the full-precision stream has left its inputs."
     reference, stream = full
     with _hearing_inputs(reference, listeners):
         yield from zip(stream.steps(reference, keep=last, stop=None if last else stop), steps, strict=True)

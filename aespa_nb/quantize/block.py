@@ -97,10 +97,10 @@ def _note(results, block, part: Part, grid, zeta, rtn, loss, seconds) -> None:
     "Writes a rounded part into its linear's result."
     name, rows = part.linear, slice(None) if part.rows is None else part.rows
     if name not in results:
-        blank = torch.ones(len(weight_of(block, name)), grid.step.shape[-1], dtype=grid.step.dtype)
-        results[name] = LayerResult(replace(grid, step=blank, zero=blank.clone()), zeta.cpu(), block, name)
+        blank = torch.ones(len(weight_of(block, name)), grid.scale.shape[-1], dtype=grid.scale.dtype)
+        results[name] = LayerResult(replace(grid, scale=blank, zero=blank.clone()), zeta.cpu(), block, name)
     r = results[name]
-    r.grid.step[rows], r.grid.zero[rows] = grid.step.cpu(), grid.zero.cpu()
+    r.grid.scale[rows], r.grid.zero[rows] = grid.scale.cpu(), grid.zero.cpu()
     r.loss_rtn, r.loss, r.seconds = r.loss_rtn + rtn, r.loss + loss, r.seconds + seconds
 
 # %% ../../nbs/quantize/63_block.ipynb #c14tasks
@@ -255,6 +255,6 @@ def _quantize_whole(model, block, streams, config, announce, prefix) -> tuple[di
     if not error <= rtn:
         rounded, error = _put_nearest(block, nearest, kept), rtn
         _check_weights(block, bits, model.dtype)
-    cpu, seconds = lambda g: replace(g, step=g.step.cpu(), zero=g.zero.cpu()), time.perf_counter() - start
+    cpu, seconds = lambda g: replace(g, scale=g.scale.cpu(), zero=g.zero.cpu()), time.perf_counter() - start
     store = lambda n, r: LayerResult(cpu(r.grid), r.zeta.cpu(), block, n, rtn, error, seconds / len(bits))
     return {n: store(n, r) for n, r in rounded.items()}, 0, notes

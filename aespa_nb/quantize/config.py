@@ -100,7 +100,7 @@ class _Format:
     "What is stored."
 
     bits: int = 2  # 2 to 8
-    group_size: int | None = None  # inputs that share a step; None: the whole row (per-channel)
+    group_size: int | None = None  # inputs that share a scale; None: the whole row (per-channel)
     symmetric: bool = False  # zero-point fixed to the middle code
     keep: dict[str, int] = field(default_factory=dict)  # part of a linear's name -> bits of its own; 16: untouched
 

@@ -28,9 +28,9 @@ from ..rounding.hessian import damp
 # %% ../../nbs/quantize/61_layer.ipynb #7dd28815
 @dataclass
 class LayerResult:
-    "A rounded linear: `W_hat = step * (W_int - zero) * zeta`."
+    "A rounded linear: `W_hat = scale * (codes - zero) * zeta`."
 
-    grid: Grid  # step and zero: [out groups]
+    grid: Grid  # scale and zero: [out groups]
     zeta: Float[Tensor, " inp"]
     block: nn.Module = field(repr=False)  # holds the weight
     name: str  # of the linear, in its block
@@ -44,9 +44,9 @@ class LayerResult:
         return weight_of(self.block, self.name)
 
     @property
-    def W_int(self) -> Int[Tensor, "out inp"]:
+    def codes(self) -> Int[Tensor, "out inp"]:
         "The codes, 0 to 2**bits - 1, read back from the weight."
-        grid = replace(self.grid, step=self.grid.step.double(), zero=self.grid.zero.double())
+        grid = replace(self.grid, scale=self.grid.scale.double(), zero=self.grid.zero.double())
         return grid.codes(self.weight.detach().cpu().double() / self.zeta.double()).to(torch.uint8)
 
 # %% ../../nbs/quantize/61_layer.ipynb #61b859be
@@ -59,7 +59,7 @@ def _cuts(U, loss) -> list[slice]:
 def _cut(x, s: slice):
     "The part `s` of a tensor, a grid or a loss."
     if isinstance(x, Grid):
-        return replace(x, step=x.step[s], zero=x.zero[s])
+        return replace(x, scale=x.scale[s], zero=x.zero[s])
     if isinstance(x, KroneckerLoss):
         return KroneckerLoss(*(M[s] if M is not None and M.ndim == 3 else M for M in (x.H, x.G)))
     return x[s]
@@ -75,17 +75,17 @@ def _learn(U, grid, loss, start, config):
 def _descend(U, grid, loss, config):
     "Descent from GPTQ's codes on several grids, part by part."
     grids = vary_grid(grid, shifts=() if config.symmetric else (1, -1))[: config.starts]
-    starts = [(g, gptq(U, loss.H, g).W_int.byte()) for g in grids]
+    starts = [(g, gptq(U, loss.H, g).codes.byte()) for g in grids]
     results = []
     for s in _cuts(U, loss):
         part = _cut(loss, s)
         results.append(best_of_starts(U[s], part.H, part.G, [(_cut(g, s), codes[s]) for g, codes in starts]))
-    step, zero = (torch.cat([getattr(r.grid, field) for r in results]) for field in ("step", "zero"))
-    return torch.cat([r.W_int for r in results]), Grid(config.bits, step, zero)
+    scale, zero = (torch.cat([getattr(r.grid, field) for r in results]) for field in ("scale", "zero"))
+    return torch.cat([r.codes for r in results]), Grid(config.bits, scale, zero)
 
 # %% ../../nbs/quantize/61_layer.ipynb #c14codes
 def _fit(U, H, config):
-    "The grid of the configured kind; a coarse search where the solver refits the steps."
+    "The grid of the configured kind; a coarse search where the solver refits the scales."
     if config.grid == "minmax":
         return minmax_grid(U, config.bits, config.group_size, config.symmetric)
     if config.grid == "compensated":
@@ -101,7 +101,7 @@ def solve_rtn(U, grid, loss, config):
 
 def solve_gptq(U, grid, loss, config):
     "GPTQ: columns in turn, the rest compensates."
-    return gptq(U, loss.H, grid).W_int, grid
+    return gptq(U, loss.H, grid).codes, grid
 
 
 def solve_adaround(U, grid, loss, config):

@@ -202,8 +202,8 @@ def _quantize_blocks(model, inputs, shares, device, report, bar, journal) -> Non
 
 # %% ../../nbs/quantize/65_model.ipynb #c14visit
 def _tune(block, results, streams, config) -> list[str]:
-    "Fits steps and norm weights to the full-precision output of the block, which `streams[1]` holds; notes."
-    move = lambda grid, device: replace(grid, step=grid.step.to(device), zero=grid.zero.to(device))
+    "Fits scales and norm weights to the full-precision output of the block, which `streams[1]` holds; notes."
+    move = lambda grid, device: replace(grid, scale=grid.scale.to(device), zero=grid.zero.to(device))
     modules = {n: r for n, r in results.items() if isinstance(dict(block.named_modules()).get(n), nn.Linear)}
     grids = {name: move(r.grid, streams[0].device) for name, r in modules.items()}
     tuned, _ = tune_scales(block, grids, streams[0], streams[1].hidden, config.tuning, seed=config.seed)
@@ -243,7 +243,7 @@ def _visit_block(model, block, streams, report, announce, prefix, journal) -> No
 # %% ../../nbs/quantize/65_model.ipynb #c14jour1
 def _weight_again(result: LayerResult, codes: Tensor) -> Float[Tensor, "out inp"]:
     "The weight from its codes, by the operations that made it."
-    return result.grid.values(codes.to(result.grid.step.dtype)) * result.zeta
+    return result.grid.values(codes.to(result.grid.scale.dtype)) * result.zeta
 
 
 def _record_block(block, results, facts) -> tuple[dict[str, Tensor], dict]:
@@ -251,9 +251,9 @@ def _record_block(block, results, facts) -> tuple[dict[str, Tensor], dict]:
     tensors = {f"parameter:{name}": p for name, p in block.named_parameters() if p.ndim < 2}
     layers = {}
     for name, r in results.items():
-        codes = r.W_int
+        codes = r.codes
         tensors |= {f"codes:{name}": codes, f"zeta:{name}": r.zeta.clone()}
-        tensors |= {f"step:{name}": r.grid.step, f"zero:{name}": r.grid.zero}
+        tensors |= {f"scale:{name}": r.grid.scale, f"zero:{name}": r.grid.zero}
         if not torch.equal(_weight_again(r, codes), r.weight.cpu()):
             tensors[f"weight:{name}"] = r.weight
         layers[name] = dict(bits=r.grid.bits, loss_rtn=r.loss_rtn, loss=r.loss, seconds=r.seconds)
@@ -267,8 +267,8 @@ def _restore_block(block, tensors, facts) -> tuple[dict[str, LayerResult], dict]
         if p.ndim < 2:
             p.copy_(tensors[f"parameter:{name}"])
     for name, fact in layers.items():
-        step, zero, zeta, codes = (tensors[f"{kind}:{name}"] for kind in ("step", "zero", "zeta", "codes"))
-        r = results[name] = LayerResult(Grid(fact.pop("bits"), step, zero), zeta, block, name, **fact)
+        scale, zero, zeta, codes = (tensors[f"{kind}:{name}"] for kind in ("scale", "zero", "zeta", "codes"))
+        r = results[name] = LayerResult(Grid(fact.pop("bits"), scale, zero), zeta, block, name, **fact)
         weight = tensors.get(f"weight:{name}")
         r.weight.copy_(_weight_again(r, codes) if weight is None else weight)
     return results, facts

@@ -78,8 +78,8 @@ class QuantReport:
 
     @property
     def bits_per_weight(self) -> float:
-        "Of the rounded linears: codes, 16-bit steps, zero-points as wide as a code and 16-bit zetas."
-        layers, steps = self.layers.values(), lambda r: r.grid.step.numel() * (16 + r.grid.bits)
+        "Of the rounded linears: codes, 16-bit scales, zero-points as wide as a code and 16-bit zetas."
+        layers, steps = self.layers.values(), lambda r: r.grid.scale.numel() * (16 + r.grid.bits)
         bits = sum(r.weight.numel() * r.grid.bits + steps(r) + 16 * r.zeta.numel() for r in layers)
         return bits / sum(r.weight.numel() for r in layers)
 

@@ -42,9 +42,9 @@ def relaxed_start(
     start: Float[Tensor, "*heads out inp"],
     grid: Grid,
 ) -> tuple[Float[Tensor, "*heads out inp"], Float[Tensor, "*heads out inp"]]:  # codes rounded down, logits
-    "The codes below `start` and the logits whose `h` is what is missing: `step * (base + h - zero)` is `start`."
-    step, zero = grid.expand(start.shape[-1])
-    code = start / step + zero
+    "The codes below `start` and the logits whose `h` is what is missing: `scale * (base + h - zero)` is `start`."
+    scale, zero = grid.expand(start.shape[-1])
+    code = start / scale + zero
     base = code.floor().clamp(0, grid.max_code - 1)
     return base, initial_logit((code - base).clamp(EDGE, 1 - EDGE))
 
@@ -101,16 +101,16 @@ def loss_gradient(
         return value.detach(), torch.autograd.grad(value, dW)[0]
 
 # %% ../../nbs/rounding/14_adaround.ipynb #4d317c87
-def _learn(W, grid, loss, start, scale, iterations, lr, weight, warmup, on_step):
-    "The codes after `iterations` steps of Adam on `scale * loss + weight * penalty`."
-    step, zero = grid.expand(W.shape[-1])
+def _learn(W, grid, loss, start, factor, iterations, lr, weight, warmup, on_step):
+    "The codes after `iterations` steps of Adam on `factor * loss + weight * penalty`."
+    scale, zero = grid.expand(W.shape[-1])
     base, round_logit = relaxed_start(start, grid)
-    offset, slope = step * (base - zero) - W, step * scale
+    offset, slope = scale * (base - zero) - W, scale * factor
     adam = torch.optim.Adam([round_logit], lr=lr, fused=True)
     for i in range(iterations):
         sig = torch.sigmoid(round_logit)
         h = sig.mul(STRETCH[1] - STRETCH[0]).add_(STRETCH[0]).clamp_(0, 1)
-        value, grad = loss_gradient(loss, torch.addcmul(offset, step, h))
+        value, grad = loss_gradient(loss, torch.addcmul(offset, scale, h))
         grad = grad * slope
         beta = beta_schedule(i / iterations, warmup)
         if beta is not None:
@@ -161,6 +161,6 @@ def adaround(
     nearest, first = grid.codes(W), grid.codes(start)
     if not (at_nearest := value(nearest)):
         return nearest
-    at_first, scale = value(first), W.numel() * loss_scale / at_nearest
-    learned = _learn(W, grid, loss, start, scale, iterations, lr, weight, warmup, on_step)
+    at_first, factor = value(first), W.numel() * loss_scale / at_nearest
+    learned = _learn(W, grid, loss, start, factor, iterations, lr, weight, warmup, on_step)
     return learned if value(learned) <= at_first else first

@@ -39,12 +39,12 @@ def whole_moves(
     return u.sign() * (u.abs() - 0.5).ceil()
 
 # %% ../../nbs/rounding/16_descent.ipynb #4f47b1da
-def _rows_torch(P, C, move, H, inv_h, step, low, high, group):
+def _rows_torch(P, C, move, H, inv_h, scale, low, high, group):
     "One move of every weight in a block of columns `[heads rows cols]`; rows are independent."
     for j, g in enumerate(group.tolist()):
-        u = -P[..., j] * inv_h[:, j, None] / step[..., g]
+        u = -P[..., j] * inv_h[:, j, None] / scale[..., g]
         new = torch.clamp(C[..., j] + whole_moves(u), low[..., g], high[..., g])
-        move[..., j] = step[..., g] * (new - C[..., j])
+        move[..., j] = scale[..., g] * (new - C[..., j])
         C[..., j] = new
         P += move[..., j, None] * H[:, None, j, :]
 
@@ -56,22 +56,22 @@ def _inverse_diagonal(M: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]
     return torch.where(diag > floor, 1 / diag, 0).nan_to_num(0, 0, 0)
 
 # %% ../../nbs/rounding/16_descent.ipynb #58c735d4
-def _best_rows(m, c, j, g, H, inv_h, step, low, high, G, inv_g):
+def _best_rows(m, c, j, g, H, inv_h, scale, low, high, G, inv_g):
     "Of each head, the row whose move in column `j` gains most, with its change of weight and its new code."
-    u = -m * inv_g * inv_h[:, j, None] / step[:, g]
+    u = -m * inv_g * inv_h[:, j, None] / scale[:, g]
     new = torch.clamp(c + whole_moves(u), low[:, g], high[:, g])
-    d = step[:, g] * (new - c)
+    d = scale[:, g] * (new - c)
     fall = -d * (2 * m + d * G.diagonal(dim1=-2, dim2=-1) * H[:, j, j, None])
     best = fall.argmax(-1, keepdim=True)
     return best, d.gather(-1, best), new.gather(-1, best)
 
 # %% ../../nbs/rounding/16_descent.ipynb #d7611447
-def _heads_torch(P, C, move, H, inv_h, step, low, high, group, G, inv_g):
+def _heads_torch(P, C, move, H, inv_h, scale, low, high, group, G, inv_g):
     "Moves of a block of columns `[heads cols rows]` whose rows are coupled by `G`; the best row first."
     for j, g in enumerate(group.tolist()):
         m, c, total = P[:, j].clone(), C[:, j].clone(), torch.zeros_like(P[:, j])
         for _ in range(4 * P.shape[2]):
-            best, d, new = _best_rows(m, c, j, g, H, inv_h, step, low, high, G, inv_g)
+            best, d, new = _best_rows(m, c, j, g, H, inv_h, scale, low, high, G, inv_g)
             if not d.any():
                 break
             c.scatter_(-1, best, new)
@@ -81,28 +81,28 @@ def _heads_torch(P, C, move, H, inv_h, step, low, high, group, G, inv_g):
         P += H[:, j, :, None] * (G @ total[..., None]).mT
 
 # %% ../../nbs/rounding/16_descent.ipynb #7479392e
-def _least_step(step):
-    "The smallest step that a refit may choose: positive, and far from underflow."
-    return torch.finfo(step.dtype).eps ** 0.5 * step
+def _least_step(scale):
+    "The smallest scale that a refit may choose: positive, and far from underflow."
+    return torch.finfo(scale.dtype).eps ** 0.5 * scale
 
 
-def _safe_steps(A, b, step, rounds: int = 20):
-    "Lowers `x A x - 2 b x` by steps that cannot fail, with `step + x` positive."
+def _safe_steps(A, b, scale, rounds: int = 20):
+    "Lowers `x A x - 2 b x` by scales that cannot fail, with `scale + x` positive."
     x, steep = torch.zeros_like(b), A.abs().sum(-1)
     for _ in range(rounds):
         trial = x + torch.where(steep > 0, (b - (A @ x[..., None])[..., 0]) / steep, 0).nan_to_num(0, 0, 0)
-        x = torch.where(step + trial > _least_step(step), trial, x)
+        x = torch.where(scale + trial > _least_step(scale), trial, x)
     return x
 
 # %% ../../nbs/rounding/16_descent.ipynb #c344c882
-def _joint_steps(A, b, step):
-    "The `x` with the least `x A x - 2 b x`, if `step + x` is positive; else a lower point than 0."
+def _joint_steps(A, b, scale):
+    "The `x` with the least `x A x - 2 b x`, if `scale + x` is positive; else a lower point than 0."
     eps = torch.finfo(A.dtype).eps * A.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(A.dtype).tiny
     L, info = torch.linalg.cholesky_ex(A + eps[:, None, None] * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device))
     x = torch.cholesky_solve(b[..., None], L)[..., 0]
     fall = 2 * (b * x).sum(-1) - (x * (A @ x[..., None])[..., 0]).sum(-1)
-    good = (info == 0) & (fall >= 0) & (x.isfinite() & (step + x > _least_step(step))).all(-1)
-    return x if good.all() else torch.where(good[:, None], x, _safe_steps(A, b, step))
+    good = (info == 0) & (fall >= 0) & (x.isfinite() & (scale + x > _least_step(scale))).all(-1)
+    return x if good.all() else torch.where(good[:, None], x, _safe_steps(A, b, scale))
 
 # %% ../../nbs/rounding/16_descent.ipynb #ed9da466
 class _Problem(NamedTuple):
@@ -122,8 +122,8 @@ class _Problem(NamedTuple):
 class _State(NamedTuple):
     "What changes."
 
-    C: Float[Tensor, "heads rows inp"]  # W_int - zero
-    step: Float[Tensor, "heads rows groups"]
+    C: Float[Tensor, "heads rows inp"]  # codes - zero
+    scale: Float[Tensor, "heads rows groups"]
     zero: Float[Tensor, "heads rows groups"]
 
 # %% ../../nbs/rounding/16_descent.ipynb #a036828c
@@ -136,7 +136,7 @@ def _problem(W, grid, H, G):
     heads, rows, _ = W.shape
     G = None if G is None else G.reshape(-1, rows, rows).to(W).expand(heads, -1, -1).contiguous()
     order = H.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
-    groups = grid.step.shape[-1]
+    groups = grid.scale.shape[-1]
     group = order // (d // groups)
     columns = [slice(None)] if groups == 1 else [(group == g).nonzero()[:, 0] for g in range(groups)]
     W, H = W[..., order].contiguous(), H[:, order[:, None], order]
@@ -147,13 +147,13 @@ def _problem(W, grid, H, G):
 def _state(p, codes, grid):
     "Codes and grid in the problem's form."
     view = lambda t: t.reshape(*p.W.shape[:2], t.shape[-1]).to(p.W)
-    step, zero = view(grid.step).contiguous(), view(grid.zero).contiguous()
-    return _State(view(codes)[..., p.order] - zero[..., p.group], step, zero)
+    scale, zero = view(grid.scale).contiguous(), view(grid.zero).contiguous()
+    return _State(view(codes)[..., p.order] - zero[..., p.group], scale, zero)
 
 # %% ../../nbs/rounding/16_descent.ipynb #0956e51c
 def _error(p, s):
     "`E`: how far every weight is from its target."
-    return s.step[..., p.group] * s.C - p.W
+    return s.scale[..., p.group] * s.C - p.W
 
 
 def _slope(p, s):
@@ -169,10 +169,10 @@ def _loss(p, s, P):
 
 # %% ../../nbs/rounding/16_descent.ipynb #bd6938d9
 def _refit(p, s, P):
-    "New steps for the codes, one group of inputs after the other, and the slope there."
-    step = s.step.clone()
+    "New scales for the codes, one group of inputs after the other, and the slope there."
+    scale = s.scale.clone()
     for g, cols in enumerate(p.columns):
-        C, now = s.C[..., cols], step[..., g]
+        C, now = s.C[..., cols], scale[..., g]
         T = C @ p.H[:, cols]
         b = -(P[..., cols] * C).sum(-1)
         if p.G is None:
@@ -180,10 +180,10 @@ def _refit(p, s, P):
             x = torch.where(now + x > _least_step(now), x, 0)
         else:
             x = _joint_steps(p.G * (T[..., cols] @ C.mT), b, now)
-        step[..., g] += x
+        scale[..., g] += x
         change = x[..., None] * T
         P = P + (change if p.G is None else p.G @ change)
-    return s._replace(step=step), P
+    return s._replace(scale=scale), P
 
 # %% ../../nbs/rounding/16_descent.ipynb #3cd97cfd
 def _sweep(p, kernels, s, P):
@@ -191,7 +191,7 @@ def _sweep(p, kernels, s, P):
     rows, heads, _ = kernels
     turn = (lambda t: t.contiguous()) if p.G is None else (lambda t: t.mT.contiguous())
     C, P, size = s.C.clone(), P.clone(), 256 if p.G is None else 64
-    bounds = [turn(t) for t in (s.step, -s.zero, p.max_code - s.zero)]
+    bounds = [turn(t) for t in (s.scale, -s.zero, p.max_code - s.zero)]
     for a in range(0, C.shape[-1], size):
         cols, rest = slice(a, a + size), slice(a + size, None)
         here, codes = turn(P[..., cols]), turn(C[..., cols])
@@ -224,9 +224,9 @@ def _follow(p, c, s, lo, hi, diag, H, total, active, least, depth):
     return p, c, total
 
 # %% ../../nbs/rounding/16_descent.ipynb #11c37a2e
-def _chains_torch(P, C, H, inv_h, step, low, high, group, reach, depth, tol):
+def _chains_torch(P, C, H, inv_h, scale, low, high, group, reach, depth, tol):
     "Forces every code of `C` `[heads rows inp]` in turn, in all rows at once; keeps the chains that lower their row."
-    s, lo, hi = (t[..., group] for t in (step, low, high))
+    s, lo, hi = (t[..., group] for t in (scale, low, high))
     diag, dead = H.diagonal(dim1=-2, dim2=-1)[:, None], (inv_h == 0)[:, None]
     lo, hi, P = torch.where(dead, C, lo), torch.where(dead, C, hi), P.clone()
     for j in range(P.shape[-1]):
@@ -246,7 +246,7 @@ def _chains_torch(P, C, H, inv_h, step, low, high, group, reach, depth, tol):
 def _chain_sweep(p, kernels, reach, depth, s, P):
     "One sweep of chains over all columns."
     chains, C, P = kernels[2], s.C.clone(), P.clone()
-    rest = lambda s: (p.H, p.inv_h, s.step, -s.zero, p.max_code - s.zero, p.group)
+    rest = lambda s: (p.H, p.inv_h, s.scale, -s.zero, p.max_code - s.zero, p.group)
     limits = reach, depth, torch.finfo(P.dtype).eps ** 0.5
     if p.G is None:
         chains(P, C, *rest(s), *limits)
@@ -257,7 +257,7 @@ def _chain_sweep(p, kernels, reach, depth, s, P):
         c = one.C.clone()
         chains(P[:, row] * inv, c, *rest(one), *limits)
         c = torch.where(inv > 0, c, one.C)
-        P += p.G[:, :, row] * ((one.step[..., p.group] * (c - one.C)) @ p.H)
+        P += p.G[:, :, row] * ((one.scale[..., p.group] * (c - one.C)) @ p.H)
         C[:, row] = c
     return s._replace(C=C)
 
@@ -274,14 +274,14 @@ def _compiled(f):
 
 # %% ../../nbs/rounding/16_descent.ipynb #ea3597f2
 @_compiled
-def _rows_loop(P, C, move, H, inv_h, step, low, high, group, first, last):
+def _rows_loop(P, C, move, H, inv_h, scale, low, high, group, first, last):
     "`_rows_torch` for some of the rows, counted through all heads."
     rows, cols = P.shape[1:]
     for n in range(first, last):
         t, i = n // rows, n % rows
         h = min(t, len(H) - 1)
         for j in range(cols):
-            s = step[t, i, group[j]]
+            s = scale[t, i, group[j]]
             u = -P[t, i, j] * inv_h[h, j] / s
             if abs(u) <= 0.5:
                 continue
@@ -295,14 +295,14 @@ def _rows_loop(P, C, move, H, inv_h, step, low, high, group, first, last):
 
 # %% ../../nbs/rounding/16_descent.ipynb #040805e9
 @_compiled
-def _best_row(m, c, step, low, high, G, inv_g, h, inv):
+def _best_row(m, c, scale, low, high, G, inv_g, h, inv):
     "The row of a column whose move gains most: its number (-1: none), change of weight, and new code."
     best, most, change, code = -1, h - h, h - h, h - h
     for i in range(len(m)):
-        u = -m[i] * inv_g[i] * inv / step[i]
+        u = -m[i] * inv_g[i] * inv / scale[i]
         if abs(u) > 0.5:
             new = min(max(c[i] + np.sign(u) * np.ceil(abs(u) - 0.5), low[i]), high[i])
-            d = step[i] * (new - c[i])
+            d = scale[i] * (new - c[i])
             fall = -d * (m[i] + m[i] + d * G[i, i] * h)
             if fall > most:
                 best, most, change, code = i, fall, d, new
@@ -310,7 +310,7 @@ def _best_row(m, c, step, low, high, G, inv_g, h, inv):
 
 # %% ../../nbs/rounding/16_descent.ipynb #54ec4ac4
 @_compiled
-def _heads_loop(P, C, move, H, inv_h, step, low, high, group, G, inv_g, first, last):
+def _heads_loop(P, C, move, H, inv_h, scale, low, high, group, G, inv_g, first, last):
     "`_heads_torch` for some of the heads."
     cols, rows = P.shape[1:]
     for t in range(first, last):
@@ -319,7 +319,7 @@ def _heads_loop(P, C, move, H, inv_h, step, low, high, group, G, inv_g, first, l
             g, n = group[j], 0
             felt[:] = 0
             while n < 4 * rows:
-                limits = step[t, g], low[t, g], high[t, g], G[t], inv_g[t], H[h, j, j], inv_h[h, j]
+                limits = scale[t, g], low[t, g], high[t, g], G[t], inv_g[t], H[h, j, j], inv_h[h, j]
                 best, d, code = _best_row(P[t, j], C[t, j], *limits)
                 if best < 0:
                     break
@@ -376,7 +376,7 @@ def _chain(j, d, p, c, s, lo, hi, diag, H, total, least, depth, path, was):
 
 # %% ../../nbs/rounding/16_descent.ipynb #f949c40a
 @_compiled
-def _chains_loop(P, C, H, inv_h, step, low, high, group, reach, depth, tol, first, last):
+def _chains_loop(P, C, H, inv_h, scale, low, high, group, reach, depth, tol, first, last):
     "`_chains_torch` for some of the rows, counted through all heads."
     p, now, s, lo, hi, diag = np.empty((6, len(group)), P.dtype)
     path, was = np.empty(depth + 1, np.int64), np.empty(depth + 1, P.dtype)
@@ -385,7 +385,7 @@ def _chains_loop(P, C, H, inv_h, step, low, high, group, reach, depth, tol, firs
         h, c = min(t, len(H) - 1), C[t, i]
         now[:] = P[t, i]
         for k, g in enumerate(group):
-            s[k], lo[k], hi[k], diag[k] = step[t, i, g], low[t, i, g], high[t, i, g], H[h, k, k]
+            s[k], lo[k], hi[k], diag[k] = scale[t, i, g], low[t, i, g], high[t, i, g], H[h, k, k]
             if inv_h[h, k] == 0:
                 lo[k] = hi[k] = c[k]
         for j in range(len(group)):
@@ -433,14 +433,14 @@ if triton:
 if triton:
 
     @triton.jit
-    def _rows_program(P, C, move, H, inv_h, step, low, high, group, rows, cols, groups, own_h, SIZE: tl.constexpr):
+    def _rows_program(P, C, move, H, inv_h, scale, low, high, group, rows, cols, groups, own_h, SIZE: tl.constexpr):
         n, k = tl.program_id(0), tl.arange(0, SIZE)
         inside, h = k < cols, (n // rows) * own_h
         p, c = tl.load(P + n * cols + k, inside, 0.0), tl.load(C + n * cols + k, inside, 0.0)
         d_all = p * 0.0
         for j in range(cols):
             g = n * groups + tl.load(group + j)
-            s, pj, cj = tl.load(step + g), _pick(p, k == j), _pick(c, k == j)
+            s, pj, cj = tl.load(scale + g), _pick(p, k == j), _pick(c, k == j)
             new = _nearest(cj, -pj * tl.load(inv_h + h * cols + j) / s, tl.load(low + g), tl.load(high + g))
             d = s * (new - cj)
             c, d_all = tl.where(k == j, new, c), tl.where(k == j, d, d_all)
@@ -465,7 +465,7 @@ if triton:
 if triton:
 
     @triton.jit
-    def _heads_program(P, C, move, H, inv_h, step, low, high, group, G, inv_g, rows, cols, groups, own_h,
+    def _heads_program(P, C, move, H, inv_h, scale, low, high, group, G, inv_g, rows, cols, groups, own_h,
                        SIZE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
         t, k, i = tl.program_id(0), tl.arange(0, SIZE), tl.arange(0, ROWS)
         live, h = i < rows, t * own_h
@@ -476,7 +476,7 @@ if triton:
             row = tl.load(H + (h * cols + j) * cols + k, k < cols, 0.0)
             hjj, inv_j = _pick(row, k == j), tl.load(inv_h + h * cols + j)
             m, c = tl.load(P + at, live, 0.0) + tl.sum(row[:, None] * felt, axis=0), tl.load(C + at, live, 0.0)
-            s, lo, hi = tl.load(step + g, live, 1.0), tl.load(low + g, live, 0.0), tl.load(high + g, live, 0.0)
+            s, lo, hi = tl.load(scale + g, live, 1.0), tl.load(low + g, live, 0.0), tl.load(high + g, live, 0.0)
             total, mine, left = m * 0.0, m * 0.0, 4 * rows
             while left > 0:
                 best, c, d = _first_row(m, c, s, lo, hi, inv * inv_j, diag, hjj, i)
@@ -513,14 +513,14 @@ if triton:
 if triton:
 
     @triton.jit
-    def _chains_program(P, C, H, inv_h, step, low, high, group, reach, depth, tol, rows, cols, groups, own_h,
+    def _chains_program(P, C, H, inv_h, scale, low, high, group, reach, depth, tol, rows, cols, groups, own_h,
                         SIZE: tl.constexpr):  # fmt: skip
         n, k = tl.program_id(0), tl.arange(0, SIZE)
         inside, h = k < cols, (n // rows) * own_h
         now, c = tl.load(P + n * cols + k, inside, 0.0), tl.load(C + n * cols + k, inside, 0.0)
         inv, diag = tl.load(inv_h + h * cols + k, inside, 0.0), tl.load(H + (h * cols + k) * cols + k, inside, 0.0)
         g = n * groups + tl.load(group + k, inside, 0)
-        s, lo, hi = tl.load(step + g), tl.load(low + g), tl.load(high + g)
+        s, lo, hi = tl.load(scale + g), tl.load(low + g), tl.load(high + g)
         lo, hi = tl.where(inv > 0, lo, c), tl.where(inv > 0, hi, c)
         for j in range(cols):
             may, code, d, price, total = _forced(now, c, lo, hi, s, diag, inv, k == j, reach)
@@ -536,24 +536,24 @@ if triton:
         tl.store(C + n * cols + k, c, inside)
 
 # %% ../../nbs/rounding/16_descent.ipynb #593df368
-def _rows_triton(P, C, move, H, inv_h, step, *rest):
+def _rows_triton(P, C, move, H, inv_h, scale, *rest):
     heads, rows, cols = P.shape
-    sizes = rows, cols, step.shape[-1], int(len(H) > 1), triton.next_power_of_2(cols)
-    _rows_program[heads * rows,](P, C, move, H, inv_h, step, *rest, *sizes, num_warps=1)
+    sizes = rows, cols, scale.shape[-1], int(len(H) > 1), triton.next_power_of_2(cols)
+    _rows_program[heads * rows,](P, C, move, H, inv_h, scale, *rest, *sizes, num_warps=1)
 
 
-def _heads_triton(P, C, move, H, inv_h, step, *rest):
+def _heads_triton(P, C, move, H, inv_h, scale, *rest):
     heads, cols, rows = P.shape
     power = triton.next_power_of_2
-    sizes = rows, cols, step.shape[1], int(len(H) > 1), power(cols), power(rows)
-    _heads_program[heads,](P, C, move, H, inv_h, step, *rest, *sizes)
+    sizes = rows, cols, scale.shape[1], int(len(H) > 1), power(cols), power(rows)
+    _heads_program[heads,](P, C, move, H, inv_h, scale, *rest, *sizes)
 
 
-def _chains_triton(P, C, H, inv_h, step, *rest):
+def _chains_triton(P, C, H, inv_h, scale, *rest):
     heads, rows, cols = P.shape
-    sizes = rows, cols, step.shape[-1], int(len(H) > 1), triton.next_power_of_2(cols)
+    sizes = rows, cols, scale.shape[-1], int(len(H) > 1), triton.next_power_of_2(cols)
     P = P.contiguous()
-    _chains_program[heads * rows,](P, C, H, inv_h, step, *rest, *sizes)
+    _chains_program[heads * rows,](P, C, H, inv_h, scale, *rest, *sizes)
 
 # %% ../../nbs/rounding/16_descent.ipynb #a3b8f612
 BACKENDS = {
@@ -583,8 +583,8 @@ def pick_backend(
 class DescentResult:
     "What a descent leaves."
 
-    W_int: Weight  # codes
-    grid: Grid  # with the refitted steps, and zero-points if they were free
+    codes: Weight
+    grid: Grid  # with the refitted scales, and zero-points if they were free
     losses: Float[Tensor, "sweeps ..."]  # at the start and after each sweep; of each row, with G of each head
 
     @property
@@ -620,7 +620,7 @@ def _shift_zero(p, sweep, by, s, P):
     "Zero-points moved by `by`, where there is room, and a sweep of moves."
     zero = (s.zero + by).clamp(0, p.max_code)
     C = torch.minimum(torch.maximum(s.C, -zero[..., p.group]), p.max_code - zero[..., p.group])
-    s = _State(C, s.step, zero)
+    s = _State(C, s.scale, zero)
     return sweep(s, _slope(p, s))
 
 # %% ../../nbs/rounding/16_descent.ipynb #906d7184
@@ -629,9 +629,9 @@ def _check(W, grid, H, G, codes, sweeps, chains):
     heads, (rows, inp) = W.shape[:-2], W.shape[-2:]
     bad_H = H.shape[-2:] != (inp, inp) or H.shape[:-2].numel() not in (1, heads.numel())
     bad_G = G is not None and (G.shape[-2:] != (rows, rows) or G.shape[:-2].numel() not in (1, heads.numel()))
-    if bad_H or bad_G or grid.step.shape[:-1] != W.shape[:-1] or inp % grid.step.shape[-1] or codes.shape != W.shape:
-        shapes = ", ".join(str(list(t.shape)) for t in (W, H, codes, grid.step, *([] if G is None else [G])))
-        raise AespaError(f"W, H, start, step and G do not fit: {shapes}")
+    if bad_H or bad_G or grid.scale.shape[:-1] != W.shape[:-1] or inp % grid.scale.shape[-1] or codes.shape != W.shape:
+        shapes = ", ".join(str(list(t.shape)) for t in (W, H, codes, grid.scale, *([] if G is None else [G])))
+        raise AespaError(f"W, H, start, scale and G do not fit: {shapes}")
     if not all(torch.isfinite(t).all() for t in (W, H, codes, *([] if G is None else [G]))):
         raise NumericalError("the weight, its codes, H or G has NaN or Inf")
     if ((codes < 0) | (codes > grid.max_code)).any() or sweeps < 0 or chains < 0:
@@ -640,12 +640,12 @@ def _check(W, grid, H, G, codes, sweeps, chains):
 # %% ../../nbs/rounding/16_descent.ipynb #140289c1
 def _result(p, s, losses, W, grid):
     "The state in the caller's form."
-    W_int = torch.empty_like(s.C)
-    W_int[..., p.order] = s.C + s.zero[..., p.group]
-    step, zero = (t.reshape(grid.step.shape).to(grid.step) for t in (s.step, s.zero))
+    codes = torch.empty_like(s.C)
+    codes[..., p.order] = s.C + s.zero[..., p.group]
+    scale, zero = (t.reshape(grid.scale.shape).to(grid.scale) for t in (s.scale, s.zero))
     problems = W.shape[:-1] if p.G is None else W.shape[:-2]
     losses = torch.stack(losses).reshape(len(losses), *problems)
-    return DescentResult(W_int.reshape(W.shape).to(W), Grid(grid.bits, step, zero), losses)
+    return DescentResult(codes.reshape(W.shape).to(W), Grid(grid.bits, scale, zero), losses)
 
 
 def _run(p, s, plan, refit, W, grid):
@@ -672,7 +672,7 @@ def descend(
     reach: float = 0.2,  # a chain starts where a code is at least so far from its best place
     depth: int = 8,  # codes that may answer in a chain
 ) -> DescentResult:
-    "Lowers `tr(G E H E^T)`, `E = step * (W_int - zero) - W`, move by move. Raises `AespaError` on what does not fit."
+    "Lowers `tr(G E H E^T)`, `E = scale * (codes - zero) - W`, move by move. Raises `AespaError` on what does not fit."
     codes = grid.codes(W) if start is None else start
     _check(W, grid, H, G, codes, sweeps, chains)
     kernels = BACKENDS[pick_backend(backend, W.device)]
@@ -685,12 +685,12 @@ def descend(
 # %% ../../nbs/rounding/16_descent.ipynb #157eaadc
 def vary_grid(
     grid: Grid,
-    factors: tuple[float, ...] = (0.87, 1.15, 1.3),  # of the step
+    factors: tuple[float, ...] = (0.87, 1.15, 1.3),  # of the scale
     shifts: tuple[int, ...] = (1, -1),  # of the zero-point
 ) -> list[Grid]:
-    "The grid itself, then others with its steps scaled, then others with its zero-points shifted (within the codes)."
-    scaled = [Grid(grid.bits, grid.step * f, grid.zero) for f in factors]
-    shifted = [Grid(grid.bits, grid.step, (grid.zero + by).clamp(0, grid.max_code)) for by in shifts]
+    "The grid itself, then others with its scales scaled, then others with its zero-points shifted (within the codes)."
+    scaled = [Grid(grid.bits, grid.scale * f, grid.zero) for f in factors]
+    shifted = [Grid(grid.bits, grid.scale, (grid.zero + by).clamp(0, grid.max_code)) for by in shifts]
     return [grid, *scaled, *shifted]
 
 # %% ../../nbs/rounding/16_descent.ipynb #2addc8ff
@@ -710,6 +710,6 @@ def best_of_starts(
     final = torch.stack([r.losses[-1] for r in results])
     best = final.argmin(0).reshape(1, *final.shape[1:], *[1] * (1 if G is None else 2))
     choose = lambda parts: torch.stack(parts).take_along_dim(best, 0)[0]
-    step, zero = choose([r.grid.step for r in results]), choose([r.grid.zero for r in results])
-    codes = choose([r.W_int for r in results])
-    return descend(W, Grid(starts[0][0].bits, step, zero), H, G, codes, **(options | dict(sweeps=0, chains=chains)))
+    scale, zero = choose([r.grid.scale for r in results]), choose([r.grid.zero for r in results])
+    codes = choose([r.codes for r in results])
+    return descend(W, Grid(starts[0][0].bits, scale, zero), H, G, codes, **(options | dict(sweeps=0, chains=chains)))

@@ -40,7 +40,7 @@ def inverse_factor(
 class GPTQResult(NamedTuple):
     "What GPTQ leaves."
 
-    W_int: Float[Tensor, "*heads out inp"]  # codes
+    codes: Float[Tensor, "*heads out inp"]  # codes
     W_comp: Float[Tensor, "*heads out inp"]  # each weight as it stood, compensated, when its turn came
 
 # %% ../../nbs/rounding/13_gptq.ipynb #06f8461d
@@ -55,11 +55,11 @@ def processing_order(
     return torch.arange(diag.shape[-1], device=H.device).expand(diag.shape)
 
 # %% ../../nbs/rounding/13_gptq.ipynb #04e7fc2f
-def _round_block(B, U, step, zero, max_code):
+def _round_block(B, U, scale, zero, max_code):
     "Rounds the rows of `B` one after the other, in place moving those below; returns codes and scaled errors."
     codes, errors = torch.empty_like(B), torch.empty_like(B)
     for j in range(B.shape[-2]):
-        w, s, z = B[..., j, :], step[..., j, :], zero[..., j, :]
+        w, s, z = B[..., j, :], scale[..., j, :], zero[..., j, :]
         codes[..., j, :] = (torch.round(w / s) + z).clamp(0, max_code)
         errors[..., j, :] = (w - s * (codes[..., j, :] - z)) / U[..., j, j, None]
         B[..., j + 1 :, :] -= U[..., j, j + 1 :, None] * errors[..., None, j, :]
@@ -69,10 +69,10 @@ def _round_block(B, U, step, zero, max_code):
 def _check(W, H, grid, block_size):
     "Raises `AespaError` on shapes that do not fit, `NumericalError` on NaN."
     inp = W.shape[-1]
-    if H.shape[-2:] != (inp, inp) or H.ndim > W.ndim or grid.step.shape[:-1] != W.shape[:-1]:
-        raise AespaError(f"W {tuple(W.shape)}, H {tuple(H.shape)} and step {tuple(grid.step.shape)} do not fit")
-    if inp % grid.step.shape[-1] or block_size < 1:
-        raise AespaError(f"{grid.step.shape[-1]} groups must divide {inp} inputs, and block_size be 1 or more")
+    if H.shape[-2:] != (inp, inp) or H.ndim > W.ndim or grid.scale.shape[:-1] != W.shape[:-1]:
+        raise AespaError(f"W {tuple(W.shape)}, H {tuple(H.shape)} and scale {tuple(grid.scale.shape)} do not fit")
+    if inp % grid.scale.shape[-1] or block_size < 1:
+        raise AespaError(f"{grid.scale.shape[-1]} groups must divide {inp} inputs, and block_size be 1 or more")
     if not torch.isfinite(W).all():
         raise NumericalError("the weight has NaN or Inf: check the checkpoint")
 
@@ -99,18 +99,18 @@ def gptq(
     Raises `NumericalError` if `H` is not positive definite, `AespaError` if shapes do not fit."""
     _check(W, H, grid, block_size)
     shape, inp = W.shape, W.shape[-1]
-    W, H, step, zero = (t.reshape(-1, *t.shape[-2:]) for t in (W, H, grid.step, grid.zero))
+    W, H, scale, zero = (t.reshape(-1, *t.shape[-2:]) for t in (W, H, grid.scale, grid.zero))
     order = processing_order(H, act_order)
     U = _ordered_factor(H, order)
     W = _permuted(W.mT, order)  # a copy; its rows are columns of the layer, next to be rounded first
-    W_int, group = torch.empty_like(W), order // (inp // step.shape[-1])
+    codes, group = torch.empty_like(W), order // (inp // scale.shape[-1])
     for a in range(0, inp, block_size):
         b = a + block_size
-        s, z = (_permuted(t.mT, group[:, a:b]) for t in (step, zero))
-        W_int[:, a:b], errors = _round_block(W[:, a:b], U[:, a:b, a:b], s, z, grid.max_code)
+        s, z = (_permuted(t.mT, group[:, a:b]) for t in (scale, zero))
+        codes[:, a:b], errors = _round_block(W[:, a:b], U[:, a:b, a:b], s, z, grid.max_code)
         W[:, b:] -= U[:, a:b, b:].mT @ errors
     back = order.argsort(-1)
-    return GPTQResult(*(_permuted(t, back).mT.reshape(shape) for t in (W_int, W)))
+    return GPTQResult(*(_permuted(t, back).mT.reshape(shape) for t in (codes, W)))
 
 # %% ../../nbs/rounding/13_gptq.ipynb #c04price
 def column_prices(
@@ -128,7 +128,7 @@ def fit_compensated(
     W: Float[Tensor, "*heads out inp"],
     H: Float[Tensor, "*#heads inp inp"],  # damped, positive definite
     bits: int,  # 2 to 8
-    group_size: int | None = None,  # inputs that share a step; None: the whole row
+    group_size: int | None = None,  # inputs that share a scale; None: the whole row
     symmetric: bool = False,  # zero fixed to the middle code
 ) -> Grid:
     "A grid for the weights as `gptq` will round them: least sum of price times squared error on `W_comp`."

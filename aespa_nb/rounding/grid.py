@@ -18,21 +18,21 @@ from ..notation import PerGroup, Weight
 # %% ../../nbs/rounding/10_grid.ipynb #7ed8241f
 def to_codes(
     W: Float[Tensor, "..."],  # weights
-    step: Float[Tensor, "..."],  # positive, broadcasts against `W`
+    scale: Float[Tensor, "..."],  # positive, broadcasts against `W`
     zero: Float[Tensor, "..."],  # whole numbers, broadcast against `W`
     max_code: int,  # the largest code, `2**bits - 1`
 ) -> Float[Tensor, "..."]:  # whole numbers from 0 to `max_code`
     "The nearest code of each weight, clamped to the grid."
-    return (torch.round(W / step) + zero).clamp(0, max_code)
+    return (torch.round(W / scale) + zero).clamp(0, max_code)
 
 # %% ../../nbs/rounding/10_grid.ipynb #41097797
 def to_values(
-    W_int: Float[Tensor, "..."],  # codes
-    step: Float[Tensor, "..."],  # positive, broadcasts against `W_int`
-    zero: Float[Tensor, "..."],  # whole numbers, broadcast against `W_int`
+    codes: Float[Tensor, "..."],  # codes
+    scale: Float[Tensor, "..."],  # positive, broadcasts against `codes`
+    zero: Float[Tensor, "..."],  # whole numbers, broadcast against `codes`
 ) -> Float[Tensor, "..."]:
-    "The weights that the codes stand for, `step * (W_int - zero)`."
-    return step * (W_int - zero)
+    "The weights that the codes stand for, `scale * (codes - zero)`."
+    return scale * (codes - zero)
 
 # %% ../../nbs/rounding/10_grid.ipynb #ac9c19b5
 def check_bits(bits: int) -> None:
@@ -41,12 +41,12 @@ def check_bits(bits: int) -> None:
         raise AespaError(f"bits must be a whole number from 2 to 8, not {bits!r}")
 
 # %% ../../nbs/rounding/10_grid.ipynb #67b95b71
-def _check_steps(bits: int, step: Tensor, zero: Tensor) -> None:
+def _check_steps(bits: int, scale: Tensor, zero: Tensor) -> None:
     "Raises unless the three can make a grid."
     check_bits(bits)
-    if step.shape != zero.shape:
-        raise AespaError(f"step {tuple(step.shape)} and zero {tuple(zero.shape)} must have one shape")
-    if not (torch.isfinite(step).all() and (step > 0).all()):
+    if scale.shape != zero.shape:
+        raise AespaError(f"scale {tuple(scale.shape)} and zero {tuple(zero.shape)} must have one shape")
+    if not (torch.isfinite(scale).all() and (scale > 0).all()):
         raise NumericalError("every step must be positive and finite")
     if not (torch.isfinite(zero).all() and (zero == zero.round()).all()):
         raise NumericalError("every zero-point must be a whole number")
@@ -56,11 +56,11 @@ def _check_steps(bits: int, step: Tensor, zero: Tensor) -> None:
 class GridSteps:
     "The three parts of a uniform grid, and how they are laid over the weights."
     bits: int  # 2 to 8
-    step: PerGroup  # distance of two neighbours, in the weight's unit, positive
+    scale: PerGroup  # distance of two neighbours, in the weight's unit, positive
     zero: PerGroup  # the code that means 0, a whole number
 
     def __post_init__(self):
-        _check_steps(self.bits, self.step, self.zero)
+        _check_steps(self.bits, self.scale, self.zero)
 
     @property
     def max_code(self) -> int:
@@ -68,25 +68,25 @@ class GridSteps:
         return 2**self.bits - 1
 
     def expand(self, inp: int) -> tuple[Weight, Weight]:
-        "`step` and `zero` for each of a row's `inp` weights. Raises `AespaError` if the groups do not divide them."
-        size, rest = divmod(inp, self.step.shape[-1])
+        "`scale` and `zero` for each of a row's `inp` weights. Raises `AespaError` if the groups do not divide them."
+        size, rest = divmod(inp, self.scale.shape[-1])
         if rest or not size:
-            raise AespaError(f"a grid with {self.step.shape[-1]} groups per row does not fit {inp} inputs")
+            raise AespaError(f"a grid with {self.scale.shape[-1]} groups per row does not fit {inp} inputs")
         widen = lambda t: t[..., None].expand(*t.shape, size).flatten(-2)  # one group: a view, no memory
-        return widen(self.step), widen(self.zero)
+        return widen(self.scale), widen(self.zero)
 
 # %% ../../nbs/rounding/10_grid.ipynb #740b59e7
 @dataclass(frozen=True)
 class Grid(GridSteps):
-    "A uniform grid of `2**bits` values per row (or per group of inputs): `value = step * (code - zero)`."
+    "A uniform grid of `2**bits` values per row (or per group of inputs): `value = scale * (code - zero)`."
 
     def codes(self, W: Weight) -> Weight:
         "The nearest code of each weight, clamped to the grid."
         return to_codes(W, *self.expand(W.shape[-1]), self.max_code)
 
-    def values(self, W_int: Weight) -> Weight:
+    def values(self, codes: Weight) -> Weight:
         "The weights that the codes stand for."
-        return to_values(W_int, *self.expand(W_int.shape[-1]))
+        return to_values(codes, *self.expand(codes.shape[-1]))
 
     def round(self, W: Weight) -> Weight:
         "Round-to-nearest (RTN): the nearest grid value of each weight."
@@ -94,20 +94,20 @@ class Grid(GridSteps):
 
     def view(self, *shape: int) -> "Grid":
         "The same grid with its rows laid out as `shape`, for instance `(heads, d_head)`."
-        step, zero = (t.reshape(*shape, t.shape[-1]) for t in (self.step, self.zero))
-        return replace(self, step=step, zero=zero)
+        scale, zero = (t.reshape(*shape, t.shape[-1]) for t in (self.scale, self.zero))
+        return replace(self, scale=scale, zero=zero)
 
 # %% ../../nbs/rounding/10_grid.ipynb #b1d02bc8
 def grouped(
     W: Weight,
-    group_size: int | None = None,  # inputs that share a step; None: the whole row
+    group_size: int | None = None,  # inputs that share a scale; None: the whole row
 ) -> Float[Tensor, "*heads out groups size"]:
     "`W` with its inputs in groups. Raises `AespaError` if `group_size` does not divide them."
     inp = W.shape[-1]
     size = inp if group_size is None else group_size
     if not isinstance(size, int) or size < 1 or inp % size:
         raise AespaError(
-            f"group_size {group_size} does not divide the {inp} inputs; take a divisor, or None for one step per row"
+            f"group_size {group_size} does not divide the {inp} inputs; take a divisor, or None for one scale per row"
         )
     return W.reshape(*W.shape[:-1], inp // size, size)
 
@@ -115,7 +115,7 @@ def grouped(
 def minmax_grid(
     W: Weight,
     bits: int,  # 2 to 8
-    group_size: int | None = None,  # inputs that share a step; None: the whole row
+    group_size: int | None = None,  # inputs that share a scale; None: the whole row
     symmetric: bool = False,  # zero fixed to the middle code
 ) -> Grid:
     "The grid whose ends are the smallest and the largest weight of each row or group (0 is always inside)."
@@ -124,19 +124,19 @@ def minmax_grid(
         raise NumericalError("the weight has NaN or Inf: check the checkpoint")
     W, n = grouped(W, group_size), 2**bits - 1
     below, above = (-W.amin(-1)).clamp(min=0), W.amax(-1).clamp(min=0)  # how far the weights reach from 0
-    step = torch.maximum(below, above) * 2 / n if symmetric else (below + above) / n
-    step = torch.where(step > 0, step, 1)  # a row of zeros
-    zero = torch.full_like(step, 2 ** (bits - 1)) if symmetric else torch.round(below / step)
-    return Grid(bits, step, zero)
+    scale = torch.maximum(below, above) * 2 / n if symmetric else (below + above) / n
+    scale = torch.where(scale > 0, scale, 1)  # a row of zeros
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(below / scale)
+    return Grid(bits, scale, zero)
 
 # %% ../../nbs/rounding/10_grid.ipynb #b9437e79
 def storage_bits(
     bits: int,  # of a code
-    group_size: int,  # weights that share a step: the number of inputs for one step per row
+    group_size: int,  # weights that share a scale: the number of inputs for one scale per row
     symmetric: bool = False,  # the zero-point is known and not stored
-    step_bits: int = 16,  # of a stored step
+    step_bits: int = 16,  # of a stored scale
 ) -> float:
-    "Bits stored per weight: the code, and its share of the step and of the zero-point."
+    "Bits stored per weight: the code, and its share of the scale and of the zero-point."
     check_bits(bits)
     if group_size < 1:
         raise AespaError(f"group_size must be at least 1, not {group_size}")

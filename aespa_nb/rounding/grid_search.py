@@ -26,7 +26,7 @@ def row_loss(
 # %% ../../nbs/rounding/12_grid_search.ipynb #a98c19e0
 def group_hessians(
     H: Hessian,
-    group_size: int | None,  # inputs that share a step; None: all
+    group_size: int | None,  # inputs that share a scale; None: all
 ) -> Float[Tensor, "*heads groups size size"]:
     "The diagonal blocks of `H`, one per group of inputs: each group is weighed as if the others had no error."
     inp = H.shape[-1]
@@ -49,7 +49,7 @@ def _zero_points(W: Float[Tensor, "*heads out groups size"], full: Grid, symmetr
     "The zero-points worth trying: the ideal one rounded down and up, or the middle code."
     if symmetric:
         return [full.zero]
-    ideal = (-W.amin(-1)).clamp(min=0) / full.step
+    ideal = (-W.amin(-1)).clamp(min=0) / full.scale
     return [ideal.floor().clamp(0, full.max_code), ideal.ceil().clamp(0, full.max_code)]
 
 # %% ../../nbs/rounding/12_grid_search.ipynb #c03search
@@ -57,27 +57,27 @@ def _search(W, loss_of, bits, group_size, symmetric, n_clip, min_clip, target) -
     "The candidate, from the range of `W`, with the least `loss_of(error)` when `target` is rounded to nearest."
     full = minmax_grid(W, bits, group_size, symmetric)
     W, target = grouped(W, group_size), grouped(target, group_size)
-    step, zero, best = full.step, full.zero, torch.full_like(full.step, float("inf"))
+    scale, zero, best = full.scale, full.zero, torch.full_like(full.scale, float("inf"))
     for clip in torch.linspace(1, min_clip, n_clip).tolist():
         for z in _zero_points(W, full, symmetric):
-            s = full.step * clip
+            s = full.scale * clip
             codes = to_codes(target, s[..., None], z[..., None], full.max_code)
             loss = loss_of(to_values(codes, s[..., None], z[..., None]) - target)
-            step, zero = torch.where(loss < best, s, step), torch.where(loss < best, z, zero)
+            scale, zero = torch.where(loss < best, s, scale), torch.where(loss < best, z, zero)
             best = torch.minimum(loss, best)
-    return Grid(bits, step, zero)
+    return Grid(bits, scale, zero)
 
 # %% ../../nbs/rounding/12_grid_search.ipynb #f0b29473
 def fit_grid(
     W: Weight,
     H: Hessian,  # positive semidefinite
     bits: int,  # 2 to 8
-    group_size: int | None = None,  # inputs that share a step; None: the whole row
+    group_size: int | None = None,  # inputs that share a scale; None: the whole row
     symmetric: bool = False,  # zero fixed to the middle code
     n_clip: int = 50,  # clipping ratios tried, evenly spaced from 1 down to `min_clip`
     min_clip: float = 0.2,  # the smallest ratio of the full range
 ) -> Grid:
-    "The grid with the least `e H e^T` after rounding, per row and group: aespa's grid search, over steps and zeros."
+    "The grid with the least `e H e^T` after rounding, per row and group: aespa's grid search, over scales and zeros."
     _check_search(W, H, n_clip, min_clip)
     grouped(W, group_size)  # raises if the groups do not fit
     blocks = group_hessians(H, group_size)
@@ -88,7 +88,7 @@ def fit_weighted(
     W: Weight,
     price: Float[Tensor, "*heads inp"],  # what a squared error in each column costs
     bits: int,  # 2 to 8
-    group_size: int | None = None,  # inputs that share a step; None: the whole row
+    group_size: int | None = None,  # inputs that share a scale; None: the whole row
     symmetric: bool = False,  # zero fixed to the middle code
     n_clip: int = 50,  # clipping ratios tried, evenly spaced from 1 down to `min_clip`
     min_clip: float = 0.2,  # the smallest ratio of the full range

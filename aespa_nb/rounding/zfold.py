@@ -27,7 +27,7 @@ def scale_hessian(
 
 # %% ../../nbs/rounding/17_zfold.ipynb #a2416f0f
 def solve_zeta(
-    Bs: Sequence[Float[Tensor, "*_heads _out inp"]],  # rounded weights before zeta: step * (W_int - zero)
+    Bs: Sequence[Float[Tensor, "*_heads _out inp"]],  # rounded weights before zeta: scale * (codes - zero)
     Ws: Sequence[Float[Tensor, "*_heads _out inp"]],
     Hs: Sequence[Float[Tensor, "*_heads inp inp"]],
     pull: float = 1e-4,  # towards zeta = 1, as a share of the mean curvature

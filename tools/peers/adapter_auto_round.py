@@ -34,8 +34,8 @@ def dense(model, job):
 
 def on_grid(linear):
     W = linear.weight.detach().float()
-    step = per_input(linear.scale, W)
-    return step * torch.round(W / step)
+    scale = per_input(linear.scale, W)
+    return scale * torch.round(W / scale)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def recipe(job):
 
 
 def scheme(job):
-    "Weights only, asymmetric, one step per row or group."
+    "Weights only, asymmetric, one scale per row or group."
     size = {"strategy": "group", "group_size": job.group_size} if job.group_size else {"strategy": "channel"}
     weights = QuantizationArgs(num_bits=job.bits, symmetric=False, **size, **job.settings.get("weights", {}))
     return QuantizationScheme(targets=["Linear"], weights=weights)

@@ -46,7 +46,7 @@ def parse():
     parser.add_argument("peer", nargs="?", choices=RECIPES, metavar="peer", help="one of the peers named below")
     parser.add_argument("--recipe", default="default", help="named settings in recipes.json (default: default)")
     parser.add_argument("--bits", type=int, default=2, help="bits per weight (default: 2)")
-    parser.add_argument("--group-size", type=int, help="inputs that share a step (default: the whole row)")
+    parser.add_argument("--group-size", type=int, help="inputs that share a scale (default: the whole row)")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default: 0)")
     parser.add_argument("--eval-samples", type=int, default=128, help="held-out windows to score on (default: 128)")
@@ -196,7 +196,7 @@ def cpuinfo():
 
 
 def store(record):
-    "Adds the record, in place of one of the same settings; the file is replaced in one step."
+    "Adds the record, in place of one of the same settings; the file is replaced in one scale."
     key = lambda r: [r.get(k) for k in SETTINGS]
     records = [r for r in read() if key(r) != key(record)] + [record]
     RECORDS.parent.mkdir(exist_ok=True)
