@@ -13,7 +13,7 @@ from aespa_nb.quantize.config import PRESETS
 from aespa_nb.quantize.layer import round_layer
 from aespa_nb.quantize.model import block_losses
 from aespa_nb.quantize.report import report_json
-from aespa_nb.model.capture import capturing, listening
+from aespa_nb.model.capture import capturing, capture_attention
 from aespa_nb.model.stream import BlockStream
 from aespa_nb.rounding.hessian import quadratic_loss
 from aespa_nb.errors import NumericalError, UnsupportedModelError
@@ -289,7 +289,7 @@ def test_nan_activations_are_refused():
 
 def test_attention_that_is_not_heard_is_an_error():
     model, heard = build("llama"), []
-    with torch.no_grad(), listening(lambda *args: heard.append(args)):
+    with torch.no_grad(), capture_attention(lambda *args: heard.append(args)):
         model(TOKENS)
         assert not heard  # stock attention
         with capturing(model):

@@ -35,7 +35,7 @@ from aespa_nb.experiments.cost import (
     value_work,
 )
 from aespa_nb.attention.forward import attention_output, repeat_kv
-from aespa_nb.model.capture import capturing, listening
+from aespa_nb.model.capture import capturing, capture_attention
 from aespa_nb.model.stream import BlockStream
 from aespa_nb.cli import main
 from aespa_nb.rounding.descent import descend
@@ -74,7 +74,7 @@ def test_forward_flops_are_those_of_pytorch(shape, seqs, tok):
     block, (heads, d_head) = model.model.layers[0], (4, SHAPES[shape][0] // 4)
     with capturing(model), contextlib.closing(BlockStream(model, random_tokens(model, seqs, tok))) as stream:
         # the counter does not know the fused attention, so we do the same by hand
-        with listening(lambda m, Q, K, V, A: attention_output(A[:], repeat_kv(V, heads))):
+        with capture_attention(lambda m, Q, K, V, A: attention_output(A[:], repeat_kv(V, heads))):
             assert counted(lambda: stream.run(block)) == forward_work(block, heads, d_head, seqs, tok).flops
 
 

@@ -20,7 +20,7 @@ import transformers as hf
 from aespa_nb import AespaConfig, AespaError, quantize_model
 from aespa_nb.attention.forward import repeat_kv
 from aespa_nb.model.blocks import stacks_of
-from aespa_nb.model.capture import Watch, capturing, listening
+from aespa_nb.model.capture import Watch, capturing, capture_attention
 from aespa_nb.model.stream import BlockStream
 from aespa_nb.model.blocks import kind_of, linears_of, weight_of
 from aespa_nb.model.statistics import block_losses, survey
@@ -195,7 +195,7 @@ def reproduction(model, data) -> float:
         outputs = [a.o for a in found.attentions]
         merge = lambda m, Q, K, V, A: heard.append((A[:] @ repeat_kv(V, Q.shape[1]).mT).transpose(1, 2).flatten(2))
         watch = Watch() if found.watched else contextlib.nullcontext()
-        with reading(block, outputs) as read, listening(merge, to=block), watch:
+        with reading(block, outputs) as read, capture_attention(merge, to=block), watch:
             stream.run(block)
         theirs = [x for together in zip(*read.values()) for x in together]
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(heard, theirs, strict=True))

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .gauss_newton import _covariances, _every, _pair_weights
-from .kronecker_losses import KroneckerLoss, _add_attended
+from .gauss_newton import softmax_covariances, strided, pair_weights
+from .kronecker_losses import KroneckerLoss, add_attended
 from ..errors import AespaError
 from ..notation import Hessian
 from ..rounding.hessian import one_thread
@@ -51,7 +51,7 @@ def _second_moment(T, heads):
 def _add_gauss_newton_q(total, Q, K, V, A, y, rows, at, metric) -> None:
     "Adds `sum_m J_m^T C_m^T M C_m J_m` of the queries `at`."
     group = Q.shape[1] // K.shape[1]
-    C = [_covariances(A[:, h, at].to(V), V[:, h // group], K[:, h // group]) for h in range(Q.shape[1])]
+    C = [softmax_covariances(A[:, h, at].to(V), V[:, h // group], K[:, h // group]) for h in range(Q.shape[1])]
     C = torch.stack(C, 1)  # [batch heads queries d_v d]
     C = C if metric is None else _root(metric).mT[:, None] @ C
     for row in C.unbind(-2):
@@ -63,7 +63,7 @@ def _add_gauss_newton_q(total, Q, K, V, A, y, rows, at, metric) -> None:
 def _add_gauss_newton_k(s, Q, K, V, A, X, y, rows, at, metric) -> None:
     "Adds to `s.gk`, `s.hk` and `s.trace`: `J_j^T q_m q_m^T J_j` with the weights of all pairs (m, j)."
     group, at = Q.shape[1] // K.shape[1], at.tolist()
-    W = [_pair_weights(*_of_group(g, group, A, V, metric, at)) for g in range(K.shape[1])]
+    W = [pair_weights(*_of_group(g, group, A, V, metric, at)) for g in range(K.shape[1])]
     W = torch.stack(W, 1).clamp(min=0).sqrt()  # [batch kv group queries keys]
     X2 = X.square().sum(1)
     for i in range(group):
@@ -112,9 +112,9 @@ class _MeasuredSums:
 def _add_role(s, role, Q, K, V, A, X, y) -> None:
     "One batch's part in the sums of `role`."
     rows = s.rows[role]
-    at = _every(Q.shape[-1], s.stride)
+    at = strided(Q.shape[-1], s.stride)
     if role == "v":
-        _add_attended(s.hv, X["v"].to(s.hv), A)
+        add_attended(s.hv, X["v"].to(s.hv), A)
     elif s.objective == "attention":
         T, total, other = (Q, s.gq, K) if role == "q" else (K, s.gk, Q)
         M = _second_moment(other.detach(), K.shape[1])
@@ -161,7 +161,7 @@ class _Adding(_MeasuredSums):
         self.group = Q.shape[1] // K.shape[1]
         for role in self.rows:
             _add_role(self, role, Q, K, V.detach(), A, X, y)
-        self.queries += len(Q) * len(_every(Q.shape[-1], self.stride))
+        self.queries += len(Q) * len(strided(Q.shape[-1], self.stride))
         self.tokens += len(Q) * Q.shape[-1]
         self.keys += len(K) * K.shape[-1]
 

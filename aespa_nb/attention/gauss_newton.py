@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .forward import Rotations, attention_output, rotate, split_heads
-from .kronecker_losses import AttentionSums, KroneckerLoss, _add_attended, _check_heads
+from .kronecker_losses import AttentionSums, KroneckerLoss, add_attended, check_heads
 from ..errors import AespaError
 from ..rounding.hessian import sum_all
 
@@ -28,7 +28,7 @@ def output_change(
     return attention_output(A * (dS - (A * dS).sum(-1, keepdim=True)), V)
 
 # %% ../../nbs/attention/23_gauss_newton.ipynb #edccfd59
-def _covariances(A, V, K):
+def softmax_covariances(A, V, K):
     "`C_m` for every row of `A`: `[batch queries d_head d_head]`."
     weighted = (A[:, :, None, :] * V[:, None]).flatten(1, 2)
     C = (weighted @ K.mT).unflatten(1, (A.shape[1], -1))
@@ -41,7 +41,7 @@ def _turned(C, R):
     return C if R is None else (C.flatten(1, 2) @ R).view(C.shape)
 
 # %% ../../nbs/attention/23_gauss_newton.ipynb #6c7aabf1
-def _pair_weights(A, V, M):
+def pair_weights(A, V, M):
     "`a_mj |v_j - o_m|_M^2` for the heads of one group: `[batch group queries tok]`."
     O, V = A @ V[:, None].mT, V[:, None]
     MV, MO = (V, O) if M is None else (M @ V, O @ M)
@@ -84,7 +84,7 @@ def output_metric(
     return columns @ columns.mT
 
 # %% ../../nbs/attention/23_gauss_newton.ipynb #7a65dd57
-def _every(n, stride):
+def strided(n, stride):
     "Every `stride`-th of `n` positions, from the middle of the first stride on."
     return torch.arange(min(stride // 2, n - 1), n, stride)
 
@@ -127,7 +127,7 @@ def _add_q(total, A, V, K, R, M, seen, budget):
     "Adds `sum_m R_m^T C_m^T M C_m R_m` of one query head to `total`."
 
     def add(rows, keys):
-        C = _covariances(A[:, rows, keys], V[..., keys], K[..., keys])
+        C = softmax_covariances(A[:, rows, keys], V[..., keys], K[..., keys])
         C = _turned(C, None if R is None else R[rows])
         Y = C.flatten(0, 2)
         total.addmm_(Y.T, Y if M is None else (M @ C).flatten(0, 2))
@@ -193,7 +193,7 @@ def _add_group(s, g, X, Q, K, V, A, dK, at, few):
     "Adds the queries `at` of the heads that share KV head `g`; `few` of them to the costly sums."
     n, R = A.shape[1], s.rotation
     M = None if s.metric is None else s.metric[g * n : g * n + n]
-    W = _pair_weights(A, V, M)
+    W = pair_weights(A, V, M)
     per_key = (W * Q.square().sum(-2)[..., None]).sum((1, 2))
     s.hk[g].addmm_((X * per_key[:, None]).movedim(1, 0).flatten(1), X.movedim(1, 0).flatten(1).T)
     A, Q, W = A[:, :, few], Q[..., few], W[:, :, few]
@@ -242,12 +242,12 @@ class GaussNewtonStatistics(_GaussNewtonLosses):
         A: Float[Tensor, "batch n_heads tok tok"],  # probabilities
     ) -> None:
         "Adds one batch. Raises `NumericalError` on NaN or Inf, `AespaError` if the heads differ."
-        _check_heads(Q, K, A, self.n_heads, self.n_kv_heads)
+        check_heads(Q, K, A, self.n_heads, self.n_kv_heads)
         self.gram.add(X)
         X, Q, K, V = (t.to(self.hv) for t in (X, Q, K, V))
-        _add_attended(self.hv, X, A)
-        dK, at = _keys_moved(self.probes, X, self.rotation), _every(A.shape[-1], self.stride)
-        few = _every(len(at), self.coarse)
+        add_attended(self.hv, X, A)
+        dK, at = _keys_moved(self.probes, X, self.rotation), strided(A.shape[-1], self.stride)
+        few = strided(len(at), self.coarse)
         group = self.n_heads // self.n_kv_heads
         for g in range(self.n_kv_heads):
             heads = slice(g * group, g * group + group)

@@ -105,7 +105,7 @@ def _sum_of_squares(Y, groups):
     return torch.einsum("bhdt,bhet->hde", Y, Y).unflatten(0, (groups, -1)).mean(1)
 
 # %% ../../nbs/attention/22_kronecker_losses.ipynb #37db6f23
-def _add_attended(total, X, A):
+def add_attended(total, X, A):
     "Adds `X A^T A X^T` of every query head to its KV head's entry of `total`, as mean over the group."
     group = A.shape[1] // len(total)
     rows = X.transpose(-1, -2)
@@ -114,7 +114,7 @@ def _add_attended(total, X, A):
         total[h // group].addmm_(Y.T, Y, alpha=1 / group)
 
 # %% ../../nbs/attention/22_kronecker_losses.ipynb #6dd07a3d
-def _check_heads(Q, K, A, n_heads, n_kv_heads):
+def check_heads(Q, K, A, n_heads, n_kv_heads):
     "Raises `AespaError` if the activations don't have the heads that were announced."
     found = Q.shape[1], K.shape[1], A.shape[1]
     if found != (n_heads, n_kv_heads, n_heads):
@@ -157,11 +157,11 @@ class AttentionStatistics(AttentionSums):
         A: Float[Tensor, "batch n_heads tok tok"],  # probabilities
     ) -> None:
         "Adds one batch. Raises `NumericalError` on NaN or Inf, `AespaError` if the heads differ."
-        _check_heads(Q, K, A, self.n_heads, self.n_kv_heads)
+        check_heads(Q, K, A, self.n_heads, self.n_kv_heads)
         self.gram.add(X)
         self.kk += _sum_of_squares(K.to(self.kk), self.n_kv_heads)
         self.qq += _sum_of_squares(Q.to(self.qq), self.n_kv_heads)
-        _add_attended(self.hv, X.to(self.hv), A)
+        add_attended(self.hv, X.to(self.hv), A)
 
     def losses(self) -> dict[str, KroneckerLoss]:
         "Losses of q, k, v, eqs. (21), (22), (17); `AespaError` without tokens. Source: aespa, pre-computed losses."

@@ -18,7 +18,7 @@ from ..errors import AespaError, UnsupportedModelError
 from ..model.block_tuning import BlockTask, Rounded, block_error, learn_block
 from ..model.blocks import stacks_of, weight_of
 from ..model.statistics import block_losses
-from ..model.stream import _handing_on
+from ..model.stream import bypassed
 from ..rounding.adaround import beta_schedule, rectified_sigmoid, relaxed_start, rounding_penalty
 from ..rounding.grid import Grid
 from ..rounding.grid_search import fit_grid
@@ -56,7 +56,7 @@ def _entering(task: BlockTask, hidden: Tensor) -> Iterator[None]:
         blocks = list(task.model.get_submodule(path))
         at = next((i for i, block in enumerate(blocks) if block is task.block), None)
         if at is not None:
-            with _handing_on(blocks[: at + 1]):
+            with bypassed(blocks[: at + 1]):
                 task.block.forward = lambda *args, **kwargs: hidden
                 yield
             return

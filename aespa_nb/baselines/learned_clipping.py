@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..model.block_tuning import BlockTask, Rounded, _check_options
+from ..model.block_tuning import BlockTask, Rounded, check_options
 from ..model.blocks import zeta_groups
 from ..rounding.grid import Grid, check_bits, grouped
 
@@ -118,7 +118,7 @@ class _LearnedLinears:
 
     def optimizer(self, lr: float, *rates: float) -> torch.optim.AdamW:
         "AdamW on each kind of `parameters`, at `rate * lr`; a kind with rate 0 stays."
-        _check_options(self.task.stream, self.task.target, self.task.iterations, lr, 1)
+        check_options(self.task.stream, self.task.target, self.task.iterations, lr, 1)
         kinds = [(p, rate * lr) for p, rate in zip(self.parameters(), rates) if p and rate]
         return torch.optim.AdamW([{"params": p, "lr": rate} for p, rate in kinds], weight_decay=0)
 

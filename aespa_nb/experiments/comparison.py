@@ -23,7 +23,7 @@ from transformers import __version__ as transformers_version
 
 from ..data.scores import evaluate_model
 from ..errors import AespaError, UnsupportedModelError
-from ..model.checkpoint import _read_json
+from ..model.checkpoint import read_json
 from ..quantize.config import AespaConfig
 from ..quantize.journal import fingerprint, write_json
 from ..quantize.model import quantize_model
@@ -71,7 +71,7 @@ def claim_folder(folder: str | Path, setting: dict) -> Path:
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     if not (folder / "setting.json").exists():
         write_json(folder / "setting.json", setting)
-    stored = _read_json(folder / "setting.json", advice=_ADVICE)
+    stored = read_json(folder / "setting.json", advice=_ADVICE)
     if other := [k for k in setting if stored.get(k) != setting[k]]:
         raise AespaError(f"{folder} holds runs with another {' and '.join(other)}: choose another folder")
     return folder
@@ -122,7 +122,7 @@ def compare(
                 write_json(path, measure_run(run, copied, model, draw(run.seed), heldout, changes, progress))
             except UnsupportedModelError as e:
                 write_json(path, run._asdict() | {"refused": str(e)})
-        yield _read_json(path, *Run._fields, advice=_ADVICE)
+        yield read_json(path, *Run._fields, advice=_ADVICE)
 
 # %% ../../nbs/experiments/80_comparison.ipynb #c30draw
 def drawing(calib: Int[Tensor, "seq tok"], samples: int) -> Callable[[int], Int[Tensor, "seq tok"]]:
@@ -133,7 +133,7 @@ def drawing(calib: Int[Tensor, "seq tok"], samples: int) -> Callable[[int], Int[
 
 def read_records(folder: str | Path) -> list[dict]:
     "All records of a folder that `compare` has written."
-    return [_read_json(path, *Run._fields, advice=_ADVICE) for path in sorted((Path(folder) / "runs").glob("*.json"))]
+    return [read_json(path, *Run._fields, advice=_ADVICE) for path in sorted((Path(folder) / "runs").glob("*.json"))]
 
 # %% ../../nbs/experiments/80_comparison.ipynb #302bbb01
 def spread(records: list[dict], key: str = "kl") -> tuple[float, float, int]:

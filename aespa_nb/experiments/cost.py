@@ -32,7 +32,7 @@ from ..attention.gauss_newton import GaussNewtonStatistics
 from ..attention.kronecker_losses import AttentionStatistics
 from ..errors import AespaError
 from ..model.blocks import stacks_of
-from ..model.capture import listening
+from ..model.capture import capture_attention
 from ..model.stream import BlockStream
 from ..quantize import model as aespa
 from ..quantize.config import AespaConfig
@@ -420,7 +420,7 @@ def metering(model: PreTrainedModel, meter: Meter) -> Iterator[None]:
             if hasattr(owner, name):
                 f = _wrapped(meter, getattr(owner, name), phase, work)
                 stack.enter_context(mock.patch.object(owner, name, f))
-        stack.enter_context(listening(attended))
+        stack.enter_context(capture_attention(attended))
         yield
 
 # %% ../../nbs/experiments/81_cost.ipynb #6397992b

@@ -35,7 +35,7 @@ from ..errors import AespaError
 from .cost import TOKEN_PHASES, Meter, _clock, _wrapped, metering
 from ..export.folding import snap_model
 from ..model.blocks import stacks_of
-from ..model.memory import _trim, in_file, sampled
+from ..model.memory import trim_memory, in_file, sampled
 from ..quantize import model as aespa
 from ..quantize.config import AespaConfig
 from ..quantize.model import quantize_model
@@ -79,7 +79,7 @@ def cut_down(model: PreTrainedModel, kinds: list[Kind]) -> PreTrainedModel:
         for i in reversed(range(len(stack))):
             if (path, i) not in kept:
                 del stack[i]
-    _trim()
+    trim_memory()
     return model
 
 # %% ../../nbs/experiments/83_plan.ipynb #p20

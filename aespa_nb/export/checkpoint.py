@@ -25,7 +25,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import AespaError
 from .folding import _check_dtype, fold_zeta, snap_model
 from .formats import _CONFIG, _READ, _WRITE, _packable, _symmetric, check_format
-from ..model.checkpoint import _check_files, _check_sizes, _shards
+from ..model.checkpoint import check_files, check_sizes, shards_of
 from ..quantize.config import AespaConfig
 from ..quantize.journal import complete_folder
 from ..quantize.layer import LayerResult
@@ -207,7 +207,7 @@ def _write(folder, model, report, tokenizer, state, config, done, facts) -> None
 def _check_names(folder: Path, packed: Iterable[str]) -> None:
     "Raises `AespaError` if transformers has stored packed tensors under names of old checkpoints (as for ViT)."
     stored = set()
-    for shard in _shards(folder):
+    for shard in shards_of(folder):
         with safe_open(shard, framework="pt") as file:
             stored |= set(file.keys())
     if other := sorted(set(packed) - stored):
@@ -329,10 +329,10 @@ def _read(folder: Path) -> Quantized:
     "`read_quantized`, as it fails."
     if not folder.is_dir():
         raise AespaError(f"no folder at {str(folder)!r}: name one that quantize or export has written")
-    _check_files(folder)
+    check_files(folder)
     saved, config = _saved(folder), AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     kind, form, bits = _model_class(config), saved["export"]["format"], saved["export"]["bits"]
-    _check_sizes(folder, _shards(folder), False, kind)
+    check_sizes(folder, shards_of(folder), False, kind)
     state = _tensors(folder)
     grids, codes = _stored(folder, bits) if form == "dense" else (_unpacked(state, form, bits, config.dtype), {})
     if hasattr(config, "quantization_config"):

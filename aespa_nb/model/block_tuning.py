@@ -94,7 +94,7 @@ def _pass(block, weights, learned, stream, target, batch, importance=1):
     return total.item()
 
 # %% ../../nbs/model/48_block_tuning.ipynb #c13copts
-def _check_options(stream, target, iterations, lr, batch_size):
+def check_options(stream, target, iterations, lr, batch_size):
     "Raises `AespaError` on what can't work."
     if iterations < 1 or not lr > 0 or batch_size < 1:
         raise AespaError("learning through a block needs iterations >= 1, lr > 0 and batch_size >= 1")
@@ -134,7 +134,7 @@ def learn_block(
     "Learns through the block's output, step by step. Raises `NumericalError` if the error is NaN or Inf."
     groups, generator = optimizer.param_groups, torch.Generator().manual_seed(seed)
     learned, rates = [p for g in groups for p in g["params"]], [g["lr"] for g in groups]
-    _check_options(stream, target, iterations, min(rates), batch_size)
+    check_options(stream, target, iterations, min(rates), batch_size)
     for i in range(iterations):
         optimizer.zero_grad()
         _add_penalty(penalty, i / iterations, learned)
@@ -155,7 +155,7 @@ def tune_scales(
     seed: int = 0,  # of the order of the sequences
 ) -> tuple[dict[str, Grid], list[float]]:  # the new grids; the relative loss of every step
     "Fits steps and norm weights to the block's output by Adam; codes stay. What is no better in the end is dropped."
-    _check_options(stream, target, iterations, lr, batch_size)
+    check_options(stream, target, iterations, lr, batch_size)
     scales = Scales(block, grids)
     adam = torch.optim.Adam(scales.factors.values(), lr=lr)
     losses = list(learn_block(block, scales.parameters, adam, stream, target, iterations, batch_size, seed))

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import AespaError
-from .memory import _drop_pages, in_file
+from .memory import drop_pages, in_file
 
 # %% ../../nbs/model/47_checkpoint.ipynb #55804069
 _WEIGHTS, _READ = ".safetensors", (".json", ".model", ".txt", ".jinja")  # names of the files that are read
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     "Raises `AespaError` for pipes and their kind, for links out of the folder but of weights, and for huge texts."
     home = folder.resolve()
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -37,7 +37,7 @@ def _check_files(folder: Path) -> None:
             raise AespaError(f"{folder} could not be loaded: {path.name} is a link out of the folder; copy the file")
 
 # %% ../../nbs/model/47_checkpoint.ipynb #c12bjson
-def _read_json(path: Path, *names: str, advice: str = "download it again") -> dict:
+def read_json(path: Path, *names: str, advice: str = "download it again") -> dict:
     "The object in a JSON file. Raises `AespaError` if there is none, or one without these names."
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -53,12 +53,12 @@ def _is_name(name) -> bool:
     return isinstance(name, str) and Path(name).name == name and "\0" not in name and "\\" not in name
 
 # %% ../../nbs/model/47_checkpoint.ipynb #c12bshrd
-def _shards(folder: Path) -> list[Path]:
+def shards_of(folder: Path) -> list[Path]:
     "The files with the weights. Raises `AespaError` if one is missing, or not in the folder."
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob(f"*{_WEIGHTS}"))
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     names = sorted(set(names.values())) if isinstance(names, dict) and all(map(_is_name, names.values())) else []
     missing = [name for name in names if not (folder / name).is_file()]
     if not names:
@@ -98,9 +98,9 @@ def _declared(path: str, trust_remote_code: bool, auto: type) -> int:
 _LAYERS = r"layers?$|depth|blocks?$"  # names of what a configuration counts
 
 
-def _check_sizes(folder: Path, shards: list[Path], trust_remote_code: bool, auto: type) -> None:
+def check_sizes(folder: Path, shards: list[Path], trust_remote_code: bool, auto: type) -> None:
     "Raises `AespaError` if the configuration asks for more than the files can hold."
-    config, count = _read_json(folder / "config.json"), _tensors_in(shards)
+    config, count = read_json(folder / "config.json"), _tensors_in(shards)
     for name, number in _numbers(config, _LAYERS).items():
         if number > max(count, 64):
             raise AespaError(f"{folder} could not be loaded: {number} {name} in {count} tensors")
@@ -112,12 +112,12 @@ def _check_sizes(folder: Path, shards: list[Path], trust_remote_code: bool, auto
 
 def _check_folder(folder: Path, trust_remote_code: bool = False, auto: type = AutoModelForCausalLM) -> None:
     "Raises `AespaError` unless `folder` has a configuration and all of its safetensors shards, and they fit."
-    _check_files(folder)
+    check_files(folder)
     if not (folder / "config.json").is_file():
         raise AespaError(f"{folder} could not be loaded: it has no config.json, so it is not a model folder")
-    if not (shards := _shards(folder)):
+    if not (shards := shards_of(folder)):
         raise AespaError(f"{folder} could not be loaded: it has no .safetensors weights; pickled ones can run code")
-    _check_sizes(folder, shards, trust_remote_code, auto)
+    check_sizes(folder, shards, trust_remote_code, auto)
 
 # %% ../../nbs/model/47_checkpoint.ipynb #70054039
 def _check_source(source: str, trust_remote_code: bool, auto: type) -> None:
@@ -194,7 +194,7 @@ def _save_part(model: PreTrainedModel, folder: Path, part: dict[str, Tensor], na
     (folder / "model.safetensors").replace(folder / name)
     for t in part.values():
         if in_file(t):
-            _drop_pages(t)
+            drop_pages(t)
     with safe_open(folder / name, framework="pt") as file:
         return list(file.keys())
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..attention.forward import Rotations, attention_output, repeat_kv, rotate
 from ..errors import NumericalError, UnsupportedModelError
-from .blocks import LINEARS, _slices, linears_of, weight_of
-from .capture import Watch, listening
+from .blocks import LINEARS, expert_matrices, linears_of, weight_of
+from .capture import Watch, capture_attention
 
 # %% ../../nbs/model/45_roles.ipynb #bab4f20c
 class Ran(NamedTuple):
@@ -210,7 +210,7 @@ def _groups(block: nn.Module, ran: list[Ran], tok: int, attentions) -> tuple[lis
         groups.setdefault(id(e.x), []).append(e.name)
     serving = {role.linear for a in attentions for role in a.roles.values()}
     routed = {e.name for e in ran if e.x.numel() != e.x.shape[-1] * tok} - serving
-    routed |= set(_slices(block).values()) & {e.name for e in ran}
+    routed |= set(expert_matrices(block).values()) & {e.name for e in ran}
     stacks = {n.rpartition(".")[0] for n in routed if n.rpartition(".")[2].isdigit()}
     idle = [n for n in linears_of(block) if n not in {e.name for e in ran}]
     return _with_siblings([tuple(g) for g in groups.values()], routed, stacks, idle)
@@ -239,7 +239,7 @@ def _tracing(block: nn.Module) -> Iterator[_Tracing]:
             hooks.append(module.register_forward_hook(ran))
     grad = torch.is_grad_enabled()
     try:
-        with listening(trace.attention, to=block), Watch(_slices(block), trace.expert, trace.added):
+        with capture_attention(trace.attention, to=block), Watch(expert_matrices(block), trace.expert, trace.added):
             yield trace
     finally:
         torch.set_grad_enabled(grad)
@@ -273,7 +273,7 @@ def map_block(
     groups, routed, idle = _groups(block, trace.ran, tok, trace.attentions)
     if not groups:
         raise UnsupportedModelError(f"no linear was heard in {type(block).__name__}: nothing to quantize")
-    watched = bool(_slices(block)) or not all(a.registered for a in trace.attentions)
+    watched = bool(expert_matrices(block)) or not all(a.registered for a in trace.attentions)
     attentions, order = tuple(_noted(a) for a in trace.attentions), tuple(trace.order)
     return BlockMap(tuple(groups), attentions, trace.readers, routed, tuple(idle), order, watched)
 

@@ -21,8 +21,8 @@ from ..attention.any_position import MeasuredStatistics
 from ..attention.gauss_newton import GaussNewtonStatistics, output_metric
 from ..attention.kronecker_losses import AttentionStatistics, KroneckerLoss
 from ..errors import UnsupportedModelError
-from .blocks import _slices, kind_of, weight_of
-from .capture import Watch, _implement, listening
+from .blocks import expert_matrices, kind_of, weight_of
+from .capture import Watch, use_attention, capture_attention
 from .roles import AttentionMap, BlockMap, map_block
 from .stream import BlockStream
 from .team import ShareSum
@@ -58,13 +58,13 @@ def _by_itself(model, run: Callable):
     "`run()` with attention of the model's own or, if it has none, torch's."
     before = model.config._attn_implementation
     try:
-        _implement(model, "eager", None)
+        use_attention(model, "eager", None)
         return run()
     except KeyError:
-        _implement(model, "sdpa", None)
+        use_attention(model, "sdpa", None)
         return run()
     finally:
-        _implement(model, before, None)
+        use_attention(model, before, None)
 
 # %% ../../nbs/model/46_statistics.ipynb #c12ctry
 def _try(block, dtype, run: Callable):
@@ -278,9 +278,9 @@ def _one_pass(block, stream, grams, found, collectors, counted, full, last) -> _
     with contextlib.ExitStack() as stack:
         stack.enter_context(_hearing_inputs(block, ear.listeners))
         calls = _Calls(found, collectors, group_of, ear.seen, stack.enter_context(_leaves(block, linears)))
-        stack.enter_context(listening(calls.hear, to=block))
+        stack.enter_context(capture_attention(calls.hear, to=block))
         if found.watched:
-            stack.enter_context(Watch(_slices(block), ear.hear_expert))
+            stack.enter_context(Watch(expert_matrices(block), ear.hear_expert))
         steps = stream.steps(block, stop=stop)
         total = ShareSum(stream.shares, [*grams.values(), *(c.sums for c in collectors.values())])
         for _ in _beside(full, ear.beside, stop, last, steps) if full else steps:

@@ -58,7 +58,7 @@ def _catch(model, blocks, inputs, every=False):
 
 # %% ../../nbs/model/43_stream.ipynb #c12calls
 @contextlib.contextmanager
-def _handing_on(blocks):
+def bypassed(blocks):
     "Blocks return what they are given."
     for block in blocks:
         block.forward = lambda hidden_states, *args, **kwargs: hidden_states
@@ -72,7 +72,7 @@ def _handing_on(blocks):
 def _calls(model, blocks, inputs):
     "(args, kwargs) of each block for one sequence."
     try:
-        with _handing_on(blocks):
+        with bypassed(blocks):
             return _catch(model, blocks, inputs, every=True)[1]
     except (ValueError, TypeError, IndexError, RuntimeError, UnsupportedModelError):
         return _catch(model, blocks, inputs, every=True)[1]
@@ -116,7 +116,7 @@ def _replace(part, out, block) -> None:
     part.copy_(out)
 
 
-def _as_inputs(tokens) -> dict[str, Tensor]:
+def as_inputs(tokens) -> dict[str, Tensor]:
     "What a model is called with; bare tokens are `input_ids`."
     return dict(tokens) if isinstance(tokens, dict) else {"input_ids": tokens}
 
@@ -134,7 +134,7 @@ class _Stream:
         stack: str | None = None,  # one of `stacks_of`; None: the first
         shares: Shares | None = None,  # which sequences this process reads; None: all
     ):
-        inputs, self.batch_size, self.device = _as_inputs(tokens), batch_size, device or model.device
+        inputs, self.batch_size, self.device = as_inputs(tokens), batch_size, device or model.device
         self.shares = shares or Shares(len(next(iter(inputs.values()))), batch_size)
         self.dtype, self.at = dtype or model.dtype, 0  # the block before which the stream stands
         _enter(self, model, model.get_submodule(stack or stacks_of(model)[0]), inputs)

@@ -19,16 +19,16 @@ from transformers import PreTrainedModel
 
 from ..attention.kronecker_losses import KroneckerLoss
 from ..errors import AespaError
-from ..model.blocks import _slices, linears_of, stacks_of, weight_of
+from ..model.blocks import expert_matrices, linears_of, stacks_of, weight_of
 from ..model.capture import Watch, capturing
 from ..model.memory import working_on
 from ..model.statistics import Part, block_losses, parts_of, survey
 from ..model.stream import BlockStream
-from .block import _part_of
+from .block import part_weight
 from .config import AespaConfig, bits_of
 from .layer import round_layer
-from .model import _draw, check_model
-from .report import _progress
+from .model import draw_inputs, check_model
+from .report import progress_bar
 from ..rounding.grid import check_bits
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #9d26de94
@@ -60,7 +60,7 @@ def _heeding(model, prices):
     hooks, matrices = [], {}
     for path in stacks_of(model):
         for i, block in enumerate(model.get_submodule(path)):
-            experts = {at: f"{path}.{i}.{n}" for at, n in _slices(block).items()}
+            experts = {at: f"{path}.{i}.{n}" for at, n in expert_matrices(block).items()}
             matrices |= experts
             for name in (f"{path}.{i}.{n}" for n in linears_of(block)):
                 if name not in experts.values():
@@ -123,7 +123,7 @@ def _rehearse(model, block, stream, prices, config, choices, prefix) -> dict[str
     parts, losses = parts_of(block, found), {}
     read = block_losses(model, block, stream, "layer", config.dtype, found=found)
     for key, loss in read.losses.items():
-        part, W = parts[key], _part_of(block, parts[key], config.dtype)
+        part, W = parts[key], part_weight(block, parts[key], config.dtype)
         name = prefix + part.linear
         price = _rows_of(prices.get(name), part, W)
         for bits in _menu(config, name, choices):
@@ -173,12 +173,12 @@ def predicted_losses(
 ) -> dict[str, dict[int, float]]:
     "KL in nats per token that rounding each linear alone is expected to cost, by name and bits."
     check_model(model, tokens, config)
-    inputs, training, losses = _draw(tokens, config), model.training, {}
+    inputs, training, losses = draw_inputs(tokens, config), model.training, {}
     plain, paths = _rehearsal(config), stacks_of(model)
     model.eval()
     try:
         prices = output_prices(model, {k: v[:sequences] for k, v in inputs.items()}, config.seed)
-        with capturing(model), _progress(sum(len(model.get_submodule(p)) for p in paths), progress) as bar:
+        with capturing(model), progress_bar(sum(len(model.get_submodule(p)) for p in paths), progress) as bar:
             for path in paths:
                 losses |= _rehearse_stack(model, path, inputs, prices, plain, choices, bar)
     finally:

@@ -20,7 +20,7 @@ from ..attention.kronecker_losses import KroneckerLoss
 from ..errors import NumericalError, UnsupportedModelError
 from ..model.block_tuning import BlockTask, Rounded, block_error
 from ..model.blocks import kind_of, linears_of, weight_of, zeta_groups
-from ..model.memory import _trim
+from ..model.memory import trim_memory
 from ..model.statistics import Part, block_losses, parts_of, stages_of, survey
 from .config import METHODS, bits_of, resolve
 from .layer import LayerResult, _cut, _round_safely
@@ -46,7 +46,7 @@ def _zetas(model, targets, losses, config, notes):
     return zetas
 
 # %% ../../nbs/quantize/63_block.ipynb #c14targets
-def _part_of(block: nn.Module, part: Part, dtype) -> Float[Tensor, "rows inp"]:
+def part_weight(block: nn.Module, part: Part, dtype) -> Float[Tensor, "rows inp"]:
     "The part's rows of its weight."
     weight = weight_of(block, part.linear)
     return (weight if part.rows is None else weight[part.rows.to(weight.device)]).to(dtype)
@@ -54,7 +54,7 @@ def _part_of(block: nn.Module, part: Part, dtype) -> Float[Tensor, "rows inp"]:
 
 def _targets(block, parts, drifts, config):
     "What every part is to approximate: its weight, or the full-precision target where a drift was measured."
-    weights, targets = {name: _part_of(block, part, config.dtype) for name, part in parts.items()}, {}
+    weights, targets = {name: part_weight(block, part, config.dtype) for name, part in parts.items()}, {}
     for name, W in weights.items():
         drift, rows = drifts.get(name), parts[name].rows
         if drift is not None:
@@ -130,7 +130,7 @@ def _tasks(name, part, rows, loss, shares) -> list[_Task]:
 def _round_task(model, block, task, loss, target, zeta, config, prefix) -> tuple:
     "Rounds a task's rows in place. What there is to say of them: grid, zeta, losses, seconds, notes."
     start, notes, name = time.perf_counter(), [], prefix + task.name
-    loss, W = loss if task.heads is None else _cut(loss, task.heads), _part_of(block, task.part, config.dtype)
+    loss, W = loss if task.heads is None else _cut(loss, task.heads), part_weight(block, task.part, config.dtype)
     W_hat, grid, *losses, zeta = _round_safely(task.name, W, loss, zeta, config, target[task.rows], notes)
     _check_fits(W_hat, model.dtype, name)
     _write(block, task.part, W_hat)
@@ -141,7 +141,7 @@ def _share_results(block, tasks, owner, done, dtype, notes, team) -> dict[str, L
     "What each process has done reaches all of them, in the order of the tasks."
     results = {}
     for i, task in enumerate(tasks):
-        mine = (_part_of(block, task.part, dtype), *done[i]) if i in done else None
+        mine = (part_weight(block, task.part, dtype), *done[i]) if i in done else None
         W_hat, *rest, said = team.broadcast(mine, owner[i])
         if i not in done:
             _write(block, task.part, W_hat)
@@ -172,7 +172,7 @@ def _quantize_parts(
             mine = replace(config, bits=bits_of(config, prefix + task.part.linear), keep={})
             done[i] = _round_task(model, block, task, loss, target, zetas[task.name], mine, prefix)
         del loss, target
-        _trim()
+        trim_memory()
     return _share_results(block, tasks, owner, done, config.dtype, notes, team)
 
 # %% ../../nbs/quantize/63_block.ipynb #c14block

@@ -27,13 +27,13 @@ from ..model.block_tuning import tune_scales
 from ..model.blocks import linears_of, stacks_of, weight_of, zeta_groups
 from ..model.capture import capturing
 from ..model.memory import explaining_memory, give_back, working_on
-from ..model.stream import BlockStream, _as_inputs
+from ..model.stream import BlockStream, as_inputs
 from ..model.team import ALONE, Shares, Team
 from .block import _quantize_block, _quantize_whole
 from .config import AespaConfig, bits_of
 from .journal import Journal, fingerprint, open_journal
 from .layer import LayerResult, round_layer
-from .report import QuantReport, _measuring_memory, _progress, config_fields
+from .report import QuantReport, _measuring_memory, progress_bar, config_fields
 from ..rounding.grid import Grid, grouped
 
 # %% ../../nbs/quantize/65_model.ipynb #c514662f
@@ -41,7 +41,7 @@ from ..rounding.grid import Grid, grouped
 def _warm_up(solver: str) -> None:
     "Rounds toy layers, so that what the solver loads or compiles at first use is in memory."
     config, eye = AespaConfig(solver=solver, iterations=1, starts=2), torch.eye(4)
-    with _progress(1, False):
+    with progress_bar(1, False):
         for G in (None, torch.eye(2).expand(2, 2, 2)):
             round_layer(eye, KroneckerLoss(eye, G), torch.ones(4), config)
 
@@ -98,9 +98,9 @@ def _check_inputs(model, tokens) -> int:
     return sizes.pop()
 
 
-def _draw(tokens, config):
+def draw_inputs(tokens, config):
     "The inputs to calibrate with."
-    inputs = _as_inputs(tokens)
+    inputs = as_inputs(tokens)
     if config.samples is None:
         return inputs
     order = torch.randperm(len(next(iter(inputs.values()))), generator=torch.Generator().manual_seed(config.seed))
@@ -144,7 +144,7 @@ def quantize_model(
 ) -> QuantReport:
     "Rounds the linears of all blocks in place (aespa, Algorithm 1); the rest stays, norms too unless `tuning` is on."
     check_model(model, tokens, config)
-    inputs = _draw(tokens, config)
+    inputs = draw_inputs(tokens, config)
     some, device = next(iter(inputs.values())), torch.device(config.device or model.device)
     shares = check_team(team, config, len(some))
     _get_ready(model, config, team)
@@ -152,7 +152,7 @@ def quantize_model(
     report, start = QuantReport(config), time.perf_counter()
     book = _opened(journal if team.rank == 0 else None, model, inputs, report)
     with enough, book as book, _measuring_memory(report, device), _evaluating(model), capturing(model):
-        with _progress(_linears(model), progress) as bar:
+        with progress_bar(_linears(model), progress) as bar:
             _quantize_blocks(model, inputs, shares, device, report, bar, book)
     report.seconds = time.perf_counter() - start
     return report

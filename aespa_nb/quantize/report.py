@@ -48,7 +48,7 @@ def _measuring_memory(report, device: torch.device) -> Iterator[None]:
 
 # %% ../../nbs/quantize/62_report.ipynb #d5cf0255
 @contextlib.contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
+def progress_bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
     "A bar with the current layer and the time left; yields the function that announces the next layer."
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
