@@ -74,7 +74,7 @@ class SignDescent(torch.optim.Optimizer):
         super().__init__(parameters, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
-    def scale(self, closure=None) -> None:
+    def step(self, closure=None) -> None:
         "One step; parameters without a gradient stay."
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
