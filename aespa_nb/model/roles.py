@@ -239,7 +239,7 @@ def _tracing(block: nn.Module) -> Iterator[_Tracing]:
             hooks.append(module.register_forward_hook(ran))
     grad = torch.is_grad_enabled()
     try:
-        with capture_attention(trace.attention, to=block), Watch(expert_matrices(block), trace.expert, trace.added):
+        with capture_attention(trace.attention, within=block), Watch(expert_matrices(block), trace.expert, trace.added):
             yield trace
     finally:
         torch.set_grad_enabled(grad)

@@ -25,7 +25,6 @@ from .blocks import expert_matrices, kind_of, weight_of
 from .capture import Watch, use_attention, capture_attention
 from .roles import AttentionMap, BlockMap, map_block
 from .stream import BlockStream
-from .team import ShareSum
 from ..rounding.hessian import Gram
 from ..rounding.target import Drift, StreamGram
 
@@ -51,7 +50,7 @@ def survey(
     stream: BlockStream,  # stands before `block`
 ) -> BlockMap:
     "The map of `block`. Raises `UnsupportedModelError` if it does not run, or its attention is not what we hear."
-    return stream.shares.team.first(lambda: _survey(model, block, stream))
+    return stream.team.first(lambda: _survey(model, block, stream))
 
 # %% ../../nbs/model/46_statistics.ipynb #c12cself
 def _by_itself(model, run: Callable):
@@ -278,16 +277,14 @@ def _one_pass(block, stream, grams, found, collectors, counted, full, last) -> _
     with contextlib.ExitStack() as stack:
         stack.enter_context(_hearing_inputs(block, ear.listeners))
         calls = _Calls(found, collectors, group_of, ear.seen, stack.enter_context(_leaves(block, linears)))
-        stack.enter_context(capture_attention(calls.hear, to=block))
+        stack.enter_context(capture_attention(calls.hear, within=block))
         if found.watched:
             stack.enter_context(Watch(expert_matrices(block), ear.hear_expert))
         steps = stream.steps(block, stop=stop)
-        total = ShareSum(stream.shares, [*grams.values(), *(c.sums for c in collectors.values())])
         for _ in _beside(full, ear.beside, stop, last, steps) if full else steps:
             ear.seen.clear(), ear.aims.clear(), calls.leaves.clear()
             calls.number = 0
-            total.batch_done()
-    total.finish()
+    stream.team.sum([*grams.values(), *(c.sums for c in collectors.values())])
     ear.grams.clear(), ear.listeners.clear()  # they refer to each other: nothing shall wait for the garbage collector
     return calls
 

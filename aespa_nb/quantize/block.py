@@ -114,10 +114,10 @@ class _Task(NamedTuple):
     last: bool = True  # of the part
 
 
-def _tasks(name, part, rows, loss, shares) -> list[_Task]:
-    "A part; with several `shares` that many pieces that don't interact: heads, or rows when `G` is the identity."
+def _tasks(name, part, rows, loss, processes) -> list[_Task]:
+    "A part; with several processes that many pieces that don't interact: heads, or rows when `G` is the identity."
     units = loss.heads if loss.heads > 1 else rows // 32 if loss.G is None else 1
-    n = min(shares, units)
+    n = min(processes, units)
     if n < 2:
         return [_Task(name, part)]
     cuts = [units * i // n for i in range(n + 1)]
@@ -161,7 +161,7 @@ def _quantize_parts(
 ) -> dict[str, LayerResult]:
     "Rounds the parts that have a loss, in place; processes share the work and end with the same block."
     zetas, done = _zetas(model, targets, losses, config, notes), {}
-    pieces = lambda name: config.shares if bool((zetas[name] == 1).all()) else 1  # a linear has one zeta
+    pieces = lambda name: team.size if bool((zetas[name] == 1).all()) else 1  # a linear has one zeta
     tasks = [t for n, loss in losses.items() for t in _tasks(n, parts[n], len(targets[n]), loss, pieces(n))]
     cost = lambda W: W.numel() * W.shape[1]
     owner = team.share_out({i: cost(targets[task.name][task.rows]) for i, task in enumerate(tasks)})
@@ -194,7 +194,7 @@ def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[di
         most = max(most, memory + sum(S.nbytes for S in {d.S for d in read.drifts.values()}))
         targets = _targets(block, mine, read.drifts, config)
         del read
-        where = announce, prefix, notes, streams[0].shares.team
+        where = announce, prefix, notes, streams[0].team
         results |= _quantize_parts(model, block, mine, losses, targets, config, *where)
     return results, most, notes
 

@@ -28,7 +28,7 @@ from ..model.blocks import linears_of, stacks_of, weight_of, zeta_groups
 from ..model.capture import capturing
 from ..model.memory import explaining_memory, give_back, working_on
 from ..model.stream import BlockStream, as_inputs
-from ..model.team import ALONE, Shares, Team
+from ..model.team import ALONE, Team
 from .block import _quantize_block, _quantize_whole
 from .config import AespaConfig, bits_of
 from .journal import Journal, fingerprint, open_journal
@@ -111,16 +111,15 @@ def check_team(
     team: Team,
     config: AespaConfig,
     sequences: int,  # of the calibration data
-) -> Shares:
-    "How a team shares the sequences. Raises `AespaError` if it can't work together on this."
+) -> None:
+    "Raises `AespaError` if a team can't work together on this."
     if team.size > 1 and (config.tuning or config.method != "layers"):
         what = "tuning" if config.tuning else f"method {config.method!r}"
         raise AespaError(f"{what} learns from all sequences at once: use one process, or a preset such as best")
-    shares = Shares(sequences, config.batch_size, config.shares, team)
+    team.part(sequences, config.batch_size)
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if team.size > 1 and str(config.device).startswith("cuda") and local >= gpus:
         raise AespaError(f"process {local} of this machine has no GPU of its own ({gpus} here): start one for each GPU")
-    return shares
 
 # %% ../../nbs/quantize/65_model.ipynb #c14alike
 def _get_ready(model, config, team) -> None:
@@ -146,14 +145,14 @@ def quantize_model(
     check_model(model, tokens, config)
     inputs = draw_inputs(tokens, config)
     some, device = next(iter(inputs.values())), torch.device(config.device or model.device)
-    shares = check_team(team, config, len(some))
+    check_team(team, config, len(some))
     _get_ready(model, config, team)
     enough = explaining_memory(model, some.shape[1], device, config.objective, config.batch_size, config.dtype)
     report, start = QuantReport(config), time.perf_counter()
     book = _opened(journal if team.rank == 0 else None, model, inputs, report)
     with enough, book as book, _measuring_memory(report, device), _evaluating(model), capturing(model):
         with progress_bar(_linears(model), progress) as bar:
-            _quantize_blocks(model, inputs, shares, device, report, bar, book)
+            _quantize_blocks(model, inputs, team, device, report, bar, book)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -185,11 +184,11 @@ def _evaluating(model) -> Iterator[None]:
         model.train(training)
 
 # %% ../../nbs/quantize/65_model.ipynb #8c8c94b5
-def _quantize_blocks(model, inputs, shares, device, report, bar, journal) -> None:
+def _quantize_blocks(model, inputs, team, device, report, bar, journal) -> None:
     "Visits the blocks in order; one at a time is on `device` in the working precision."
     config, paths = report.config, stacks_of(model)
     with contextlib.ExitStack() as stack:
-        stream = lambda path: BlockStream(model, inputs, config.batch_size, device, config.dtype, path, shares)
+        stream = lambda path: BlockStream(model, inputs, config.batch_size, device, config.dtype, path, team)
         closing = lambda path: stack.enter_context(contextlib.closing(stream(path)))
         two = bool(config.correction or config.tuning or config.method != "layers")
         full = {path: closing(path) for path in paths if two}  # while the model is whole
@@ -222,7 +221,7 @@ def _new_block(model, block, streams, config, announce, prefix) -> tuple[dict[st
 # %% ../../nbs/quantize/65_model.ipynb #c14visi2
 def _visit_block(model, block, streams, report, announce, prefix, journal) -> None:
     "Rounds a block, or takes it from the journal; then its outputs are handed over, in each stream there is."
-    name, team = prefix[:-1], streams[0].shares.team
+    name, team = prefix[:-1], streams[0].team
     stored = team.first(lambda: journal and journal.get(name))
     report.block_bytes = max(report.block_bytes, sum(p.nbytes for p in block.parameters()))
     if stored:
