@@ -113,19 +113,6 @@ class _Task(NamedTuple):
     heads: slice | None = None  # of its loss
     last: bool = True  # of the part
 
-
-def _tasks(name, part, rows, loss, processes) -> list[_Task]:
-    "A part; with several processes that many pieces that don't interact: heads, or rows when `G` is the identity."
-    units = loss.heads if loss.heads > 1 else rows // 32 if loss.G is None else 1
-    n = min(processes, units)
-    if n < 2:
-        return [_Task(name, part)]
-    cuts = [units * i // n for i in range(n + 1)]
-    size, index = rows // units, torch.arange(rows) if part.rows is None else part.rows
-    spans = [slice(a * size, rows if b == units else b * size) for a, b in zip(cuts, cuts[1:])]
-    heads = [slice(a, b) if loss.heads > 1 else None for a, b in zip(cuts, cuts[1:])]
-    return [_Task(name, replace(part, rows=index[s]), s, h, s is spans[-1]) for s, h in zip(spans, heads)]
-
 # %% ../../nbs/quantize/63_block.ipynb #c14task
 def _round_task(model, block, task, loss, target, zeta, config, prefix) -> tuple:
     "Rounds a task's rows in place. What there is to say of them: grid, zeta, losses, seconds, notes."
@@ -161,8 +148,7 @@ def _quantize_parts(
 ) -> dict[str, LayerResult]:
     "Rounds the parts that have a loss, in place; processes share the work and end with the same block."
     zetas, done = _zetas(model, targets, losses, config, notes), {}
-    pieces = lambda name: team.size if bool((zetas[name] == 1).all()) else 1  # a linear has one zeta
-    tasks = [t for n, loss in losses.items() for t in _tasks(n, parts[n], len(targets[n]), loss, pieces(n))]
+    tasks = [_Task(name, parts[name]) for name in losses]
     cost = lambda W: W.numel() * W.shape[1]
     owner = team.share_out({i: cost(targets[task.name][task.rows]) for i, task in enumerate(tasks)})
     for i, task in enumerate(tasks):
