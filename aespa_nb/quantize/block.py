@@ -54,7 +54,7 @@ class BlockRun:
         return bits_of(self.config, f"{self.name}.{linear}")
 
     def write(self, linear: str, layer: RoundedLayer, rows: Tensor | None = None) -> None:
-        "Writes a record's weight into the linear, or into some rows of it; `NumericalError` if the model can't hold it."
+        "Writes a record's weight into the linear, or some rows of it. Raises `NumericalError` if the model can't hold it."
         W_hat, dtype = layer.weight(), self.model.dtype
         if not W_hat.abs().amax() <= torch.finfo(dtype).max:
             raise NumericalError(f"{linear}: its grid reaches beyond {dtype}: load the model as torch.float32")
@@ -63,7 +63,7 @@ class BlockRun:
 
 # %% ../../nbs/quantize/63_block.ipynb #c14qblk
 def round_block(run: BlockRun) -> dict[str, RoundedLayer]:
-    "Rounds the linears of a block in place, each by its own loss (aespa, Algorithm 1); their records, by name in the block."
+    "Rounds the linears of a block in place, each by its own loss (aespa, Algorithm 1); their records by name."
     found = survey(run.model, run.block, run.stream)
     run.notes += [note for attention in found.attentions for note in attention.notes]
     for kind in dict.fromkeys(map(kind_of, found.idle)):
@@ -118,7 +118,7 @@ def part_weight(block: nn.Module, part: Part, dtype: torch.dtype) -> Float[Tenso
 
 
 def round_parts(run: BlockRun, parts: dict[str, Part], read: BlockLosses) -> dict[str, RoundedLayer]:
-    "Rounds the parts that `read` has losses of, in place; the records of their linears. The losses go as they are used."
+    "Rounds the parts that `read` has losses of, in place; the records of their linears. Losses go as they are used."
     config, team = run.config, run.team
     run.notes += read.notes
     mine = {name: part for name, part in parts.items() if name in read.losses and run.bits(part.linear) != 16}
@@ -173,7 +173,7 @@ def _join(block: nn.Module, parts: dict[str, Part], done: dict[str, RoundedLayer
 
 # %% ../../nbs/quantize/63_block.ipynb #c14whole
 def round_whole_block(run: BlockRun) -> dict[str, RoundedLayer]:
-    "Rounds a block in place by one of `METHODS`; the losses in the records are the relative error of the block's output."
+    "Rounds a block in place by one of `METHODS`; losses in the records are the relative error of the block's output."
     start, config, block = time.perf_counter(), run.config, run.block
     run.full.run(block, keep=True)
     target = run.full.hidden

@@ -75,7 +75,7 @@ class Recipe:
     symmetric: bool = False  # zero-point fixed to the middle code
     keep: dict[str, KeptBits] = field(default_factory=dict)  # part of a linear's name -> its own bits; 16: untouched
     # how codes are found
-    method: Annotated[str, _one_of(METHODS, "layers")] = "layers"  # or a whole-block method, which uses few fields below
+    method: Annotated[str, _one_of(METHODS, "layers")] = "layers"  # or a whole-block method, which uses few fields
     objective: Literal["layer", "attention", "gauss-newton"] = "attention"  # losses: tr(dW H dW^T); the paper's; ours
     grid: Literal["minmax", "hessian", "compensated"] = "hessian"  # full range; searched under H; for GPTQ's weights
     zfold: bool = False  # per-input scales where they are free

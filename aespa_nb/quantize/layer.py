@@ -88,7 +88,7 @@ def solve_gptq_adaround(U, grid, loss, config):
 
 
 def solve_descent(U, grid, loss, config):
-    "Greedy coordinate descent from GPTQ's codes on several grids; the scales are refitted, the best row by row is kept."
+    "Greedy coordinate descent from GPTQ's codes on several grids; scales are refitted, each row keeps its best."
     grids = vary_grid(grid, shifts=() if config.symmetric else (1, -1))[: config.starts]
     with phase("gptq"):
         starts = [(g, gptq(U, loss.H, g).codes.byte()) for g in grids]
@@ -150,7 +150,8 @@ def round_layer_safely(
         "The loss of `W_hat`, in float64 where it overflows otherwise."
         if math.isfinite(value := float(loss(W_hat - target))):
             return value
-        return float(KroneckerLoss(*(M if M is None else M.double() for M in (loss.H, loss.G)))((W_hat - target).double()))
+        exact = KroneckerLoss(loss.H.double(), None if loss.G is None else loss.G.double())
+        return float(exact((W_hat - target).double()))
 
     found, failed = None, ""
     for extra in (0.0, 0.1, 1.0):
