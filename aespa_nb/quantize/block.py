@@ -54,7 +54,7 @@ class BlockRun:
         return bits_of(self.config, f"{self.name}.{linear}")
 
     def write(self, linear: str, layer: RoundedLayer, rows: Tensor | None = None) -> None:
-        "Writes a record's weight into the linear, or some rows of it. Raises `NumericalError` if the model can't hold it."
+        "Writes a record's weight into (some rows of) a linear. Raises `NumericalError` if the model can't hold it."
         W_hat, dtype = layer.weight(), self.model.dtype
         if not W_hat.abs().amax() <= torch.finfo(dtype).max:
             raise NumericalError(f"{linear}: its grid reaches beyond {dtype}: load the model as torch.float32")
