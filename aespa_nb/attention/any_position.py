@@ -133,7 +133,8 @@ class MeasuredStatistics:
             raise AespaError("no tokens were added: pass calibration data")
         plain, losses = self.objective == "attention", {}
         if "q" in self.rows:
-            losses["q"] = KroneckerLoss(H["q"], self.gq * (1 / self.tokens if plain else self.scaling**2 / self.queries))
+            mean = 1 / self.tokens if plain else self.scaling**2 / self.queries
+            losses["q"] = KroneckerLoss(H["q"], self.gq * mean)
         if "k" in self.rows and plain:
             losses["k"] = KroneckerLoss(H["k"], self.gk / self.keys)
         elif "k" in self.rows:

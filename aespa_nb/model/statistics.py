@@ -7,10 +7,8 @@ __all__ = ['survey', 'Part', 'parts_of', 'stages_of', 'BlockLosses', 'block_loss
 
 # %% ../../nbs/model/46_statistics.ipynb #6c3809e5
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Int
@@ -22,58 +20,59 @@ from ..attention.gauss_newton import GaussNewtonStatistics, output_metric
 from ..attention.kronecker_losses import AttentionStatistics, KroneckerLoss
 from ..errors import UnsupportedModelError
 from .blocks import expert_matrices, kind_of, weight_of
-from .capture import Watch, use_attention, capture_attention
+from .capture import Watch, capture_attention, use_attention
+from .phases import phase
 from .roles import AttentionMap, BlockMap, map_block
 from .stream import BlockStream
 from .team import ShareSum
+from ..notation import Hessian
 from ..rounding.hessian import Gram
-from ..rounding.target import Drift, StreamGram
+from ..rounding.target import AccumulatedError, PairedGram
 
 # %% ../../nbs/model/46_statistics.ipynb #907c8c72
 @torch.no_grad()
-def _survey(model, block, stream) -> BlockMap:
-    "The map of `block`, by its run on this process's first sequence."
-    hidden, (args, kwargs) = stream.hidden[:1].to(stream.device), stream.arguments(slice(0, 1))
-    run = lambda: block(hidden, *args, **kwargs)
-    _try(block, hidden.dtype, run)
-    found = map_block(block, run, hidden.shape[1])
-    if any(a.registered for a in found.attentions):
-        first = lambda out: out[0] if isinstance(out, tuple) else out
-        ours, theirs = first(run()), first(_try(block, hidden.dtype, lambda: _by_itself(model, run)))
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
-            raise UnsupportedModelError(f"{type(block).__name__} does more in its attention than this library knows")
-    return found
-
-# %% ../../nbs/model/46_statistics.ipynb #c12csurv
 def survey(
     model: PreTrainedModel,  # `capturing`
     block: nn.Module,
     stream: BlockStream,  # stands before `block`
 ) -> BlockMap:
-    "The map of `block`. Raises `UnsupportedModelError` if it does not run, or its attention is not what we hear."
-    return stream.shares.team.first(lambda: _survey(model, block, stream))
+    "The map of `block`. Raises `UnsupportedModelError` if it does not run, or does more in its attention than we know."
+    kind, (args, kwargs) = type(block).__name__, stream.arguments(slice(0, 1))
+    hidden, before = stream.hidden[:1].to(stream.device), model.config._attn_implementation
 
-# %% ../../nbs/model/46_statistics.ipynb #c12cself
-def _by_itself(model, run: Callable):
-    "`run()` with attention of the model's own or, if it has none, torch's."
-    before = model.config._attn_implementation
-    try:
-        use_attention(model, "eager", None)
-        return run()
-    except KeyError:
-        use_attention(model, "sdpa", None)
-        return run()
-    finally:
-        use_attention(model, before, None)
+    def run():
+        out = block(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
-# %% ../../nbs/model/46_statistics.ipynb #c12ctry
-def _try(block, dtype, run: Callable):
-    "`run()`. Raises `UnsupportedModelError` if the block cannot be run by itself."
-    try:
-        return run()
-    except (RuntimeError, ValueError, TypeError) as e:
-        reason = str(e).strip().partition("\n")[0]
-        raise UnsupportedModelError(f"{type(block).__name__} fails by itself in {dtype}: {reason}") from e
+    def run_itself():
+        "With attention of the model's own or, if it has none, torch's."
+        try:
+            use_attention(model, "eager", None)
+            return run()
+        except KeyError:
+            use_attention(model, "sdpa", None)
+            return run()
+        finally:
+            use_attention(model, before, None)
+
+    def attempt(run):
+        try:
+            return run()
+        except (RuntimeError, ValueError, TypeError) as e:
+            reason = str(e).strip().partition("\n")[0]
+            raise UnsupportedModelError(f"{kind} fails by itself in {hidden.dtype}: {reason}") from e
+
+    def look():
+        attempt(run)
+        found = map_block(block, run, hidden.shape[1])
+        if any(a.registered for a in found.attentions):
+            ours, theirs = run(), attempt(run_itself)
+            if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
+                raise UnsupportedModelError(f"{kind} does more in its attention than this library knows")
+        return found
+
+    with phase("survey"):
+        return stream.shares.team.first(look)
 
 # %% ../../nbs/model/46_statistics.ipynb #ca5e3766
 @dataclass(frozen=True)
@@ -87,27 +86,22 @@ class Part:
 
 
 def parts_of(block: nn.Module, found: BlockMap) -> dict[str, Part]:
-    "All parts of a block; a part of a linear is named like `c_attn[q]`."
-    parts = {}
-    for name in (n for group in found.groups for n in group):
-        out = len(weight_of(block, name))
-        roles = [(i, r, a.roles[r]) for i, a in enumerate(found.attentions) for r in a.roles]
+    "All parts of a block: rows with a role, and what is left. A part of a linear is named like `c_attn[q]`."
+    parts, roles = {}, [(i, r, a.roles[r]) for i, a in enumerate(found.attentions) for r in a.roles]
+    for name in found.group_of:
         mine = [(i, r, role.rows.flatten()) for i, r, role in roles if role.linear == name]
-        rest = torch.ones(out, dtype=torch.bool)
+        rest = torch.ones(len(weight_of(block, name)), dtype=torch.bool)
         for _, _, rows in mine:
             rest[rows] = False
-        parts |= _parts(name, out, mine, rest.nonzero().flatten())
+        alone = len(mine) == 1 and not rest.any()
+        for call, role, rows in mine:
+            whole = torch.equal(rows, torch.arange(len(rest)))
+            parts[name if alone else f"{name}[{role}]"] = Part(name, None if whole else rows, call, role)
+        if not mine:
+            parts[name] = Part(name)
+        elif rest.any():
+            parts[f"{name}[rest]"] = Part(name, rest.nonzero().flatten())
     return parts
-
-# %% ../../nbs/model/46_statistics.ipynb #9ac6f502
-def _parts(name, out, mine, rest) -> dict[str, Part]:
-    "Parts of one linear: those with a role, and what is left."
-    if not mine:
-        return {name: Part(name)}
-    whole = lambda rows: None if torch.equal(rows, torch.arange(out)) else rows
-    one = len(mine) == 1 and not len(rest)
-    parts = {name if one else f"{name}[{r}]": Part(name, whole(rows), i, r) for i, r, rows in mine}
-    return parts | ({f"{name}[rest]": Part(name, rest)} if len(rest) else {})
 
 # %% ../../nbs/model/46_statistics.ipynb #04828873
 def stages_of(found: BlockMap) -> list[list[tuple[str, ...]]]:
@@ -118,270 +112,236 @@ def stages_of(found: BlockMap) -> list[list[tuple[str, ...]]]:
     return list(stages.values())
 
 # %% ../../nbs/model/46_statistics.ipynb #030c2f30
-def _plain(attention: AttentionMap, wanted: set[str], group_of: dict[str, str]) -> bool:
-    "Whether the fast statistics apply."
-    if wanted != {"q", "k", "v"} or len({group_of[r.linear] for r in attention.roles.values()}) > 1:
-        return False
-    q, k, v = (attention.roles[r] for r in "qkv")
-    if q.position != k.position or q.position == "measured" or len(k.rows) != len(v.rows):
-        return False
-    if q.position == "none":
-        return True
-    return torch.allclose(q.rotation.cos, k.rotation.cos, atol=1e-3) and torch.allclose(
-        q.rotation.sin, k.rotation.sin, atol=1e-3
-    )
+@dataclass
+class Batch:
+    "What has been captured of the present batch, by module; X is `[batch inp tok]`."
 
-
-def _metric(block, attention, dtype):
-    "What an error of the heads costs behind the output projection, if that was found."
-    if attention.o is None:
-        return None
-    return output_metric(weight_of(block, attention.o).to(dtype), attention.n_heads)
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # what a module reads: X
+    full_inputs: dict[str, Tensor] = field(default_factory=dict)  # the same in the full-precision stream
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of linears with measured positions: leaves
+    attention: tuple | None = None  # of the present attention call: Q, K, V `[batch heads d tok]` and A
+    calls: int = 0  # attention calls so far
 
 # %% ../../nbs/model/46_statistics.ipynb #33a83720
-class _Fast:
-    "`AttentionStatistics` or `GaussNewtonStatistics` of one attention call."
+class InputCollector:
+    "Second moments of what a group of linears reads; with a full-precision stream, the error accumulated in it too."
 
-    def __init__(self, block, attention, objective, gram, device, dtype):
-        q, self.k = attention.roles["q"], attention.roles["k"]
-        sizes = len(q.rows), len(self.k.rows), q.rows.shape[1], gram.total.shape[-1]
+    SUMS = ("gram",)
+
+    def __init__(
+        self,
+        head: str,  # the first linear of the group
+        keys: list[str],  # parts of its linears
+        gram: Gram,  # a `PairedGram`, if a full-precision stream runs beside
+        source: str | None = None,  # the module that reads the stream to which the group's output is added
+    ):
+        self.head, self.keys, self.gram, self.source = head, keys, gram, source
+        self.paired, self.counted = isinstance(gram, PairedGram), False  # counted: attention's sums add X to `gram`
+
+    def add(self, batch: Batch) -> None:
+        "Called when the group has read its input."
+        X, full = batch.inputs[self.head], batch.full_inputs
+        with phase("hessians"):
+            if self.paired:
+                dh = None if self.source is None else full[self.source] - batch.inputs[self.source]
+                self.gram.add_pair(X, full[self.head], self.counted, dh)
+            elif not self.counted:
+                self.gram.add(X)
+
+    def losses(self, H: Hessian | None = None) -> dict[str, KroneckerLoss]:
+        "The layer-wise loss of each part, with `H` or with the mean of the inputs; afterwards nothing can be added."
+        return dict.fromkeys(self.keys, KroneckerLoss(self.gram.mean(copy=False) if H is None else H))
+
+    def accumulated_errors(self, H: Hessian) -> dict[str, AccumulatedError]:
+        "How far the input of each part is from what it would be at full precision."
+        with phase("target"):
+            return dict.fromkeys(self.keys, self.gram.maps(H)) if self.paired else {}
+
+# %% ../../nbs/model/46_statistics.ipynb #97b320aa
+class AttentionCollector:
+    "The statistics of one attention call, for the roles in `keys`."
+
+    SUMS = ("sums",)
+
+    def __init__(
+        self,
+        block: nn.Module,
+        attention: AttentionMap,
+        keys: dict[str, str],  # role -> name of its part, for the roles wanted
+        heads: dict[str, str],  # role -> the first linear of its group
+        objective: str,
+        gram: Gram | None,  # of the one input of q, k and v: the fast statistics, which add to it; None: the measured
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ):
+        self.roles, self.keys, self.heads = {r: attention.roles[r] for r in keys}, keys, heads
+        self.fast, self.objective, self.tokens = gram is not None, objective, 0
+        self.kv_heads = next((len(self.roles[r].rows) for r in "kv" if r in keys), None)
+        o = attention.o if objective == "gauss-newton" else None
+        metric = None if o is None else output_metric(weight_of(block, o).to(dtype), attention.n_heads)
+        options = dict(metric=metric, scaling=attention.scaling)
+        if not self.fast:
+            rows = {r: role.rows.to(device) for r, role in self.roles.items()}
+            inp = {r: weight_of(block, role.linear).shape[1] for r, role in self.roles.items()}
+            self.sums = MeasuredStatistics(rows, inp, objective, device, dtype, **options)
+            return
+        q = self.roles["q"]
+        sizes = len(q.rows), self.kv_heads, q.rows.shape[1], len(gram.total)
         if objective == "attention":
             self.sums = AttentionStatistics(*sizes, q.rotation, device, dtype)
         else:
-            options = dict(metric=_metric(block, attention, dtype), scaling=attention.scaling, stride=8, coarse=2)
-            self.sums = GaussNewtonStatistics(*sizes, q.rotation, device, dtype, **options)
-        self.sums.gram, self.objective, self.gains = gram, objective, dict(q=q.gain, k=self.k.gain)
+            self.sums = GaussNewtonStatistics(*sizes, q.rotation, device, dtype, **options, stride=8, coarse=2)
+        self.sums.gram = gram
 
-    def add(self, Q, K, V, A, X, y):
-        K, V = (T[:, :: T.shape[1] // len(self.k.rows)] for T in (K, V))  # heads may come repeated
-        self.sums.add(X["q"], Q, K, *([A] if self.objective == "attention" else [V, A]))
+    def add(self, batch: Batch) -> None:
+        "Called when attention has run."
+        Q, K, V, A = batch.attention
+        self.tokens += len(Q) * Q.shape[-1]
+        with phase("attention"):
+            with torch.enable_grad():  # grouped queries: one of each KV head
+                repeats = K.shape[1] // self.kv_heads if self.kv_heads else 1
+                K, V = K[:, ::repeats], V[:, ::repeats]
+            by_sequence = lambda X: X.mT.reshape(len(Q), -1, X.shape[-2]).mT
+            X = {r: by_sequence(batch.inputs[head]) for r, head in self.heads.items()}
+            if not self.fast:
+                self.sums.add(Q, K, V, A, X, {r: batch.outputs.get(role.linear) for r, role in self.roles.items()})
+            elif self.objective == "attention":
+                self.sums.add(X["q"], Q, K, A)
+            else:
+                self.sums.add(X["q"], Q, K, V, A)
 
-    def losses(self, H):
-        scale = lambda loss, gain: loss if gain == 1 else KroneckerLoss(loss.H, loss.G * gain**2)
-        return {role: scale(loss, self.gains.get(role, 1)) for role, loss in self.sums.losses().items()}
-
-# %% ../../nbs/model/46_statistics.ipynb #97b320aa
-class _General:
-    "`MeasuredStatistics` of one attention call, for the roles wanted."
-
-    def __init__(self, block, attention, objective, wanted, device, dtype):
-        roles = {r: attention.roles[r] for r in wanted}
-        inp = {r: weight_of(block, role.linear).shape[1] for r, role in roles.items()}
-        metric = _metric(block, attention, dtype) if objective == "gauss-newton" else None
-        rows = {r: role.rows.to(device) for r, role in roles.items()}
-        options = dict(metric=metric, scaling=attention.scaling)
-        self.sums = MeasuredStatistics(rows, inp, objective, device, dtype, **options)
-        self.heads = [len(roles[r].rows) for r in wanted if r != "q"]
-
-    def add(self, Q, K, V, A, X, y):
-        each = K.shape[1] // self.heads[0] if self.heads else 1
-        with torch.enable_grad():
-            K, V = K[:, ::each], V[:, ::each]
-        self.sums.add(Q, K, V, A, X, y)
-
-    def losses(self, H):
-        return self.sums.losses(H)
+    def losses(self, layer_wise: dict[str, KroneckerLoss]) -> dict[str, KroneckerLoss]:
+        "The losses of the parts in `keys`; from their layer-wise losses come the inputs' Hessians."
+        H = {r: layer_wise[key].H for r, key in self.keys.items()}
+        with phase("attention"):
+            losses = self.sums.losses(H["q"] if self.fast else H)
+        if self.fast:  # a constant factor between a projection and attention
+            gains = {r: self.roles[r].gain for r in "qk" if self.roles[r].gain != 1}
+            losses |= {r: KroneckerLoss(losses[r].H, losses[r].G * gain**2) for r, gain in gains.items()}
+        return {key: losses[r] for r, key in self.keys.items()}
 
 # %% ../../nbs/model/46_statistics.ipynb #ca02e5bf
-@contextlib.contextmanager
-def _hearing_inputs(block: nn.Module, listeners: dict[str, Callable]) -> Iterator[None]:
-    "Calls `listeners[name](X)` with its input `X` `[batch inp tok]` whenever the module `name` is about to run."
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(lambda m, args, f=f: f(args[0].transpose(-1, -2)))
-        for name, f in listeners.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-# %% ../../nbs/model/46_statistics.ipynb #202d299d
-class _Ear:
-    "Hears the inputs of `grams` in one stream; with the full-precision stream's in `aims` beside it."
-
-    def __init__(self, grams, readers, counted, modules):
-        self.grams, self.counted, self.readers = {names[0]: gram for names, gram in grams.items()}, counted, readers
-        self.seen, self.aims = {}, {}
-        paired = [head for head, gram in self.grams.items() if isinstance(gram, StreamGram)]
-        sources = {readers[head] for head in paired if head in readers}
-        keep = lambda place, name: lambda X: place.update({name: X})
-        hear = {head: functools.partial(self.hear, head) for head in self.grams if head in modules}
-        self.listeners = {name: keep(self.seen, name) for name in sources} | hear
-        self.beside = {name: keep(self.aims, name) for name in (*sources, *paired)}
-
-    def hear(self, head, X):
-        gram, self.seen[head] = self.grams[head], X
-        if isinstance(gram, StreamGram):
-            gram.add_pair(X, self.aims[head], counted=head in self.counted)
-            if head in self.readers:
-                source = self.readers[head]
-                gram.add_stream(X, self.aims[source] - self.seen[source])
-        elif head not in self.counted:
-            gram.add(X)
-
-# %% ../../nbs/model/46_statistics.ipynb #69703000
-class _Ears(_Ear):
-    "Also for experts."
-
-    def hear_expert(self, name, X, Y):
-        if name in self.grams:
-            self.grams[name].add(X.reshape(-1, X.shape[-1]).T)
+def _collectors(block, found: BlockMap, groups, objective: str, paired: bool, device, dtype) -> tuple[dict, dict]:
+    "Group -> `InputCollector`, number of the attention call -> `AttentionCollector`."
+    parts, group_of, inputs, attentions = parts_of(block, found), found.group_of, {}, {}
+    for group in groups:
+        head, keys = group[0], [key for key, p in parts.items() if group_of[p.linear] == group]
+        pair = paired and head not in found.routed
+        gram = (PairedGram if pair else Gram)(weight_of(block, head).shape[1], device, dtype)
+        inputs[group] = InputCollector(head, keys, gram, found.readers.get(head) if pair else None)
+    for i, attention in enumerate(found.attentions if objective != "layer" else ()):
+        mine = {p.role: key for key, p in parts.items() if p.call == i and group_of[p.linear] in inputs}
+        heads = {r: group_of[attention.roles[r].linear][0] for r in "qkv" if r in mine}
+        heads = {r: head for r, head in heads.items() if head not in found.routed}
+        shared = None
+        if len(heads) == 3 and len(set(heads.values())) == 1:
+            q, k, v = (attention.roles[r] for r in "qkv")
+            close = lambda a, b: torch.allclose(a.cos, b.cos, atol=1e-3) and torch.allclose(a.sin, b.sin, atol=1e-3)
+            rotated = q.position == k.position == "rotation" and close(q.rotation, k.rotation)
+            if len(k.rows) == len(v.rows) and (rotated or q.position == k.position == "none"):
+                shared = inputs[group_of[q.linear]]
+                shared.counted = True  # the fast statistics add the inputs themselves
+        if heads:
+            keys, gram = {r: mine[r] for r in heads}, shared and shared.gram
+            attentions[i] = AttentionCollector(block, attention, keys, heads, objective, gram, device, dtype)
+    return inputs, attentions
 
 # %% ../../nbs/model/46_statistics.ipynb #12773c24
-@contextlib.contextmanager
-def _leaves(block: nn.Module, linears: set[str]) -> Iterator[dict[str, Tensor]]:
-    "Outputs of `linears` of the present batch, as leaves; gradients are followed behind them."
-    leaves, hooks = {}, []
-
-    def plant(name, y):
-        torch.set_grad_enabled(True)
-        leaves[name] = y.detach().requires_grad_()
-        return leaves[name].clone()  # a model may change it in place
-
-    for name in linears:
-        hook = lambda module, args, y, name=name: plant(name, y)
-        hooks.append(block.get_submodule(name).register_forward_hook(hook))
-    try:
-        yield leaves
-    finally:
-        torch.set_grad_enabled(False)
-        for hook in hooks:
-            hook.remove()
-
-# %% ../../nbs/model/46_statistics.ipynb #49832ff2
-class _Calls:
-    "Hears the attention calls of a block, one batch after another, for the collectors that want them."
-
-    def __init__(self, found, collectors, group_of, seen, leaves):
-        self.found, self.collectors, self.group_of = found, collectors, group_of
-        self.seen, self.leaves, self.number, self.tokens = seen, leaves, 0, dict.fromkeys(collectors, 0)
-
-    def hear(self, module, Q, K, V, A):
-        torch.set_grad_enabled(False)
-        number, self.number = self.number, self.number + 1
-        if number in self.collectors:
-            roles, plain = self.found.attentions[number].roles, lambda X: X.mT.reshape(len(Q), -1, X.shape[-2]).mT
-            X = {r: self.seen.get(self.group_of[role.linear]) for r, role in roles.items()}
-            y = {r: self.leaves.get(role.linear) for r, role in roles.items()}
-            self.collectors[number].add(Q, K, V, A, {r: plain(t) for r, t in X.items() if t is not None}, y)
-            self.tokens[number] += Q.shape[0] * Q.shape[-1]
-
-# %% ../../nbs/model/46_statistics.ipynb #0b607451
-def _one_pass(block, stream, grams, found, collectors, counted, full, last) -> _Calls:
-    "Runs `stream` through `block` as far as needed; fills `grams` and `collectors`."
-    group_of = {name: group[0] for group in found.groups for name in group}
-    ear = _Ears(grams, found.readers, counted, dict(block.named_modules()))
-    general = {i: c for i, c in collectors.items() if isinstance(c, _General)}
-    linears = {found.attentions[i].roles[r].linear for i, c in general.items() for r in c.sums.rows if r != "v"}
-    stop = _end_of(found, [g[0] for g in grams], collectors, ear.listeners)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_hearing_inputs(block, ear.listeners))
-        calls = _Calls(found, collectors, group_of, ear.seen, stack.enter_context(_leaves(block, linears)))
-        stack.enter_context(capture_attention(calls.hear, to=block))
-        if found.watched:
-            stack.enter_context(Watch(expert_matrices(block), ear.hear_expert))
-        steps = stream.steps(block, stop=stop)
-        total = ShareSum(stream.shares, [*grams.values(), *(c.sums for c in collectors.values())])
-        for _ in _beside(full, ear.beside, stop, last, steps) if full else steps:
-            ear.seen.clear(), ear.aims.clear(), calls.leaves.clear()
-            calls.number = 0
-            total.batch_done()
-    total.finish()
-    ear.grams.clear(), ear.listeners.clear()  # they refer to each other: nothing shall wait for the garbage collector
-    return calls
-
-# %% ../../nbs/model/46_statistics.ipynb #d986b62f
-def _beside(full, listeners, stop, last, steps):
-    "`scales`, each after the same batch of the full-precision stream has left its inputs."
-    reference, stream = full
-    with _hearing_inputs(reference, listeners):
-        yield from zip(stream.steps(reference, keep=last, stop=None if last else stop), steps, strict=True)
-
-# %% ../../nbs/model/46_statistics.ipynb #9d0caef2
-def _end_of(found: BlockMap, heads: list[str], calls, modules) -> str | None:
+def _end_of(found: BlockMap, heads: list[str], calls) -> str | None:
     "The module before which a batch may end: nothing that is wanted comes later. None: it must go through."
-    numbers = [i for i, name in enumerate(found.order) if name == ""]
-    wanted = [numbers[i] for i in calls] + [found.order.index(h) for h in heads if h in found.order]
-    if any(h in found.routed for h in heads):
+    if any(head in found.routed for head in heads):
         return None
-    last = max(wanted)
+    numbers = [i for i, name in enumerate(found.order) if name == ""]
+    last = max([numbers[i] for i in calls] + [found.order.index(head) for head in heads if head in found.order])
     after = [n for n in found.order[last + (found.order[last] == "") :] if n and n not in found.routed]
     return after[0] if after else None
 
+
+@contextlib.contextmanager
+def _capturing_inputs(block: nn.Module, names, read: Callable) -> Iterator[None]:
+    "Calls `read(name, X)` with its input `X` `[batch inp tok]` whenever a module of `names` is about to run."
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            hook = lambda m, args, name=name: read(name, args[0].transpose(-1, -2))
+            stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
+
+# %% ../../nbs/model/46_statistics.ipynb #49832ff2
+def _one_pass(block, stream: BlockStream, found: BlockMap, inputs, attentions, full, last: bool) -> None:
+    "Runs `stream` through `block` as far as needed and fills the collectors."
+    batch, by_head = Batch(), {c.head: c for c in inputs.values()}
+
+    def read(name, X):
+        batch.inputs[name] = X
+        if name in by_head:
+            by_head[name].add(batch)
+
+    def make_leaf(name, y):
+        torch.set_grad_enabled(True)
+        batch.outputs[name] = y.detach().requires_grad_()
+        return batch.outputs[name].clone()  # a model may change it in place
+
+    def attended(module, *attention):
+        torch.set_grad_enabled(False)
+        number, batch.calls, batch.attention = batch.calls, batch.calls + 1, attention
+        if number in attentions:
+            attentions[number].add(batch)
+        batch.attention = None
+
+    def expert(name, X, Y):
+        if name in by_head:
+            read(name, X.reshape(-1, X.shape[-1]).T)
+            del batch.inputs[name]
+
+    modules, paired = dict(block.named_modules()), [c for c in inputs.values() if c.paired]
+    sources = {c.source for c in paired} - {None}
+    leaves = {c.roles[r].linear for c in attentions.values() if not c.fast for r in c.roles if r != "v"}
+    stop = _end_of(found, list(by_head), attentions)
+    total = ShareSum(stream.shares, [*inputs.values(), *attentions.values()])  # over the processes
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_grad_enabled, False)
+        stack.enter_context(_capturing_inputs(block, sources | (by_head.keys() & modules.keys()), read))
+        for name in leaves:
+            hook = lambda m, args, y, name=name: make_leaf(name, y)
+            stack.callback(modules[name].register_forward_hook(hook).remove)
+        stack.enter_context(capture_attention(attended, to=block))
+        if found.watched:
+            stack.enter_context(Watch(expert_matrices(block), expert))
+        steps = stream.steps(block, stop=stop)
+        if full:
+            reference, other = full
+            keep = lambda name, X: batch.full_inputs.update({name: X})
+            stack.enter_context(_capturing_inputs(reference, sources | {c.head for c in paired}, keep))
+            steps = zip(other.steps(reference, keep=last, stop=None if last else stop), steps, strict=True)
+        for _ in steps:
+            batch.inputs.clear(), batch.full_inputs.clear(), batch.outputs.clear()
+            batch.calls = 0
+            total.batch_done()
+    total.finish()
+
 # %% ../../nbs/model/46_statistics.ipynb #69c9e29d
-def _pooled(grams, found, notes: list[str]) -> dict[str, Tensor]:
-    "Hessians in place of those of linears that saw too few tokens, by name."
-    hessians = {}
+def _pooled(inputs: dict, found: BlockMap) -> tuple[dict[tuple, Hessian], list[str]]:
+    "Hessians in place of those of groups that saw too few tokens, and a note for each stack."
+    hessians, notes = {}, []
     for stage in stages_of(found):
-        sums = {names[0]: grams[names] for names in stage if names in grams and names[0] in found.routed}
-        tokens = sum(gram.tokens for gram in sums.values())
-        poor = [name for name, gram in sums.items() if gram.tokens < len(gram.total)]
+        grams = {group: inputs[group].gram for group in stage if group in inputs and group[0] in found.routed}
+        poor = [group for group, gram in grams.items() if gram.tokens < len(gram.total)]
         if poor:
-            total = sum(gram.total for gram in sums.values())
+            total, tokens = sum(gram.total for gram in grams.values()), sum(gram.tokens for gram in grams.values())
             pooled = total / tokens if tokens else torch.eye(len(total)).to(total)
             hessians |= dict.fromkeys(poor, pooled)
-            notes.append(f"{len(poor)} of {len(sums)} linears like {poor[0]} saw too few tokens: statistics pooled")
-    return hessians
-
-# %% ../../nbs/model/46_statistics.ipynb #d8189cf0
-def _gather(grams, collectors, parts, found, notes):
-    "Losses and drifts of all parts; the sums go as the results come."
-    group_of, losses, drifts = {n: g for g in found.groups for n in g}, {}, {}
-    instead, H = _pooled(grams, found, notes), {}
-    fast = {i: c.losses(None) for i, c in collectors.items() if isinstance(c, _Fast)}
-    shared = {group_of[found.attentions[i].roles["q"].linear]: mine["q"].H for i, mine in fast.items()}
-    for names in list(grams):
-        gram, known = grams.pop(names), shared.get(names, instead.get(names[0]))
-        H[names] = gram.mean(copy=False) if known is None else known
-        if isinstance(gram, StreamGram):
-            drifts |= dict.fromkeys(names, gram.maps(H[names]))
-    for i, collector in collectors.items():
-        roles = found.attentions[i].roles
-        mine = fast.get(i) or collector.losses({r: H.get(group_of[role.linear]) for r, role in roles.items()})
-        losses |= {key: mine[p.role] for key, p in parts.items() if p.call == i and p.role in mine}
-    mine = {key: p for key, p in parts.items() if group_of[p.linear] in H}
-    losses = {key: losses.get(key) or KroneckerLoss(H[group_of[p.linear]]) for key, p in mine.items()}
-    return losses, {key: drifts[p.linear] for key, p in mine.items() if p.linear in drifts}
-
-# %% ../../nbs/model/46_statistics.ipynb #6d835d3a
-def _collectors(block, found, grams, objective, parts, device, dtype) -> dict[int, object]:
-    "What gathers the statistics of the attention calls whose projections are wanted."
-    group_of, collectors = {n: g for g in found.groups for n in g}, {}
-    for i, attention in enumerate(found.attentions if objective != "layer" else ()):
-        wanted = {p.role for p in parts.values() if p.call == i and group_of[p.linear] in grams}
-        wanted = {r for r in wanted if group_of[attention.roles[r].linear][0] not in found.routed}
-        if wanted and _plain(attention, wanted, group_of):
-            gram = grams[group_of[attention.roles["q"].linear]]
-            collectors[i] = _Fast(block, attention, objective, gram, device, dtype)
-        elif wanted:
-            order = [r for r in "qkv" if r in wanted]
-            collectors[i] = _General(block, attention, objective, order, device, dtype)
-    return collectors
-
-# %% ../../nbs/model/46_statistics.ipynb #24314573
-def _check_records(calls: _Calls, stream: BlockStream, model: PreTrainedModel) -> None:
-    "Raises `UnsupportedModelError` unless every attention call was heard exactly once for each token."
-    expected = stream.hidden.shape[0] * stream.hidden.shape[1]
-    for number, tokens in calls.tokens.items():
-        if tokens != expected:
-            raise UnsupportedModelError(
-                f"attention call {number} of a {model.config.model_type!r} block: heard {tokens} tokens of {expected}"
-            )
+            few = f"{len(poor)} of {len(grams)} linears like {poor[0][0]} saw too few tokens"
+            notes.append(f"{few}: statistics pooled")
+    return hessians, notes
 
 # %% ../../nbs/model/46_statistics.ipynb #0697b157
-class BlockLosses(NamedTuple):
+@dataclass(frozen=True)
+class BlockLosses:
     "What one pass through a block has found."
 
     losses: dict[str, KroneckerLoss]  # of each part
-    drifts: dict[str, Drift]  # with a full-precision stream: how each part's input has drifted
+    accumulated_errors: dict[str, AccumulatedError]  # in the input of each part, if a full-precision stream ran beside
     notes: list[str]  # what is not as it should be
-
-# %% ../../nbs/model/46_statistics.ipynb #f5ba58c4
-def _gram(block, names, found, full, device, dtype) -> Gram:
-    "What sums up the inputs of a group. Linears that see some tokens only can't be compared with another stream."
-    kind = StreamGram if full and names[0] not in found.routed else Gram
-    return kind(weight_of(block, names[0]).shape[1], device, dtype)
 
 # %% ../../nbs/model/46_statistics.ipynb #c92de4a3
 @torch.no_grad()
@@ -397,12 +357,21 @@ def block_losses(
 ) -> BlockLosses:
     "Losses of `block` from one pass; with the last group the `full` stream moves on to the next block."
     found = found or survey(model, block, stream)
-    groups, parts, device, notes = groups or list(found.groups), parts_of(block, found), stream.device, []
-    grams = {names: _gram(block, names, found, full, device, dtype) for names in groups}
-    collectors = _collectors(block, found, grams, objective, parts, device, dtype)
-    fast = {found.attentions[i].roles["q"].linear for i, c in collectors.items() if isinstance(c, _Fast)}
-    counted = {names[0] for names in groups if fast & set(names)}  # their statistics count the inputs themselves
-    last = stages_of(found)[-1][-1] in groups
-    calls = _one_pass(block, stream, grams, found, collectors, counted, full, last)
-    _check_records(calls, stream, model)
-    return BlockLosses(*_gather(grams, collectors, parts, found, notes), notes)
+    groups = groups or list(found.groups)
+    inputs, attentions = _collectors(block, found, groups, objective, full is not None, stream.device, dtype)
+    with phase("forward"):
+        _one_pass(block, stream, found, inputs, attentions, full, last=stages_of(found)[-1][-1] in groups)
+    expected = stream.hidden.shape[0] * stream.hidden.shape[1]
+    for i, collector in attentions.items():
+        if collector.tokens != expected:
+            what = f"attention call {i} of a {model.config.model_type!r} block"
+            raise UnsupportedModelError(f"{what}: captured {collector.tokens} tokens of {expected}")
+    pooled, notes = _pooled(inputs, found)
+    losses, errors = {}, {}
+    for group, collector in inputs.items():
+        mine = collector.losses(pooled.get(group))
+        losses |= mine
+        errors |= collector.accumulated_errors(mine[collector.keys[0]].H)
+    for collector in attentions.values():
+        losses |= collector.losses(losses)
+    return BlockLosses(losses, errors, notes)

@@ -52,14 +52,14 @@ def part_weight(block: nn.Module, part: Part, dtype) -> Float[Tensor, "rows inp"
     return (weight if part.rows is None else weight[part.rows.to(weight.device)]).to(dtype)
 
 
-def _targets(block, parts, drifts, config):
-    "What every part is to approximate: its weight, or the full-precision target where a drift was measured."
+def _targets(block, parts, errors, config):
+    "What every part is to approximate: its weight, or the full-precision target where an error was measured."
     weights, targets = {name: part_weight(block, part, config.dtype) for name, part in parts.items()}, {}
     for name, W in weights.items():
-        drift, rows = drifts.get(name), parts[name].rows
-        if drift is not None:
-            stream = drift.stream if rows is None or drift.stream is None else drift.stream[rows]
-            W = full_precision_target(W, drift.S, config.correction, stream)
+        error, rows = errors.get(name), parts[name].rows
+        if error is not None:
+            stream = error.stream if rows is None or error.stream is None else error.stream[rows]
+            W = full_precision_target(W, error.S, config.correction, stream)
         targets[name] = W
     return targets
 
@@ -191,8 +191,8 @@ def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[di
         notes += read.notes
         mine = {name: parts[name] for name in read.losses if bits_of(config, prefix + parts[name].linear) != 16}
         losses, memory = _damped({name: read.losses[name] for name in mine}, config.damping)
-        most = max(most, memory + sum(S.nbytes for S in {d.S for d in read.drifts.values()}))
-        targets = _targets(block, mine, read.drifts, config)
+        most = max(most, memory + sum(S.nbytes for S in {e.S for e in read.accumulated_errors.values()}))
+        targets = _targets(block, mine, read.accumulated_errors, config)
         del read
         where = announce, prefix, notes, streams[0].shares.team
         results |= _quantize_parts(model, block, mine, losses, targets, config, *where)
