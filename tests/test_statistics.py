@@ -75,11 +75,14 @@ def test_what_two_processes_have_read_adds_up(kind, objective):
             assert (a is None) == (b is None) and (a is None or torch.allclose(a, b))
 
 
-def test_no_error_where_both_streams_are_the_same():
-    with first_block("llama") as (model, block, stream), first_block("llama") as (_, reference, full):
+@pytest.mark.parametrize(
+    "kind, adding", [("llama", {"self_attn.o_proj", "mlp.down_proj"}), ("neox", {"mlp.dense_4h_to_h"})]
+)
+def test_no_error_where_both_streams_are_the_same(kind, adding):
+    "Also where the full-precision stream moves on, in whose place the block's outputs then stand."
+    with first_block(kind) as (model, block, stream), first_block(kind) as (_, reference, full):
         found = block_losses(model, block, stream, full=(reference, full))
         assert stream.at == 0 and full.at == 1
-    adding = {"self_attn.o_proj", "mlp.down_proj"}
     assert {key for key, e in found.accumulated_errors.items() if e.stream is not None} == adding
     assert not any(t.any() for e in found.accumulated_errors.values() for t in e if t is not None)
 
@@ -91,7 +94,7 @@ def test_it_does_not_matter_whether_shared_heads_are_handed_over_repeated(object
         batch, calls = Batch(), []
         hook = lambda m, args: batch.inputs.update(q=args[0].mT)
         handle = block.self_attn.q_proj.register_forward_pre_hook(hook)
-        with capture_attention(lambda module, *tensors: calls.append((batch.inputs["q"], tensors)), block):
+        with capture_attention(lambda module, *tensors: calls.append((batch.inputs["q"], tensors)), within=block):
             stream.run(block)
         handle.remove()
     keys = {p.role: key for key, p in parts_of(block, found).items() if p.role}

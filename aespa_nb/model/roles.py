@@ -159,7 +159,7 @@ class _Trace:
                 if isinstance(module, LINEARS):
                     ran = lambda m, args, y, name=name: self.linear(name, args[0], y)
                     stack.callback(module.register_forward_hook(ran).remove)
-            stack.enter_context(capture_attention(self.attention, to=self.block))
+            stack.enter_context(capture_attention(self.attention, within=self.block))
             stack.enter_context(Watch(expert_matrices(self.block), self.expert, self.added))
             yield
 

@@ -25,7 +25,6 @@ from .capture import Watch, capture_attention, use_attention
 from .phases import phase
 from .roles import AttentionMap, BlockMap, Role, map_block
 from .stream import BlockStream
-from .team import ShareSum
 from ..notation import Hessian
 from ..rounding.hessian import Gram
 from ..rounding.target import AccumulatedError, PairedGram
@@ -73,7 +72,7 @@ def survey(
         return found
 
     with phase("survey"):
-        return stream.shares.team.first(look)
+        return stream.team.first(look)
 
 # %% ../../nbs/model/46_statistics.ipynb #ca5e3766
 @dataclass(frozen=True)
@@ -281,27 +280,26 @@ def _one_pass(block, stream: BlockStream, found: BlockMap, inputs, attentions, f
     sources = {c.source for c in paired} - {None}
     leaves = {c.roles[r].linear for c in attentions.values() if not c.fast for r in c.roles if r != "v"}
     stop = _end_of(found, list(by_head), attentions)
-    total = ShareSum(stream.shares, [*inputs.values(), *attentions.values()])  # over the processes
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_grad_enabled, False)
         stack.enter_context(_capturing_inputs(block, sources | (by_head.keys() & modules.keys()), read))
         for name in leaves:
             hook = lambda m, args, y, name=name: make_leaf(name, y)
             stack.callback(modules[name].register_forward_hook(hook).remove)
-        stack.enter_context(capture_attention(attended, to=block))
+        stack.enter_context(capture_attention(attended, within=block))
         if found.watched:
             stack.enter_context(Watch(expert_matrices(block), expert))
         steps = stream.steps(block, stop=stop)
         if full:
             reference, other = full
-            keep = lambda name, X: batch.full_inputs.update({name: X})
+            # a stream that moves on writes its outputs over its inputs: a copy is kept of what was read
+            keep = lambda name, X: batch.full_inputs.update({name: X.clone() if last else X})
             stack.enter_context(_capturing_inputs(reference, sources | {c.head for c in paired}, keep))
             steps = zip(other.steps(reference, keep=last, stop=None if last else stop), steps, strict=True)
         for _ in steps:
             batch.inputs.clear(), batch.full_inputs.clear(), batch.outputs.clear()
             batch.calls = 0
-            total.batch_done()
-    total.finish()
+    stream.team.sum([*inputs.values(), *attentions.values()])  # over the processes
 
 # %% ../../nbs/model/46_statistics.ipynb #69c9e29d
 def _pooled(inputs: dict, found: BlockMap) -> tuple[dict[tuple, Hessian], list[str]]:
