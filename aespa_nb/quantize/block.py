@@ -23,7 +23,7 @@ from ..model.blocks import kind_of, linears_of, weight_of, zeta_groups
 from ..model.memory import trim_memory
 from ..model.statistics import Part, block_losses, parts_of, stages_of, survey
 from .config import METHODS, bits_of, resolve
-from .layer import LayerResult, _cut, _round_safely
+from .layer import RoundedLayer, _cut, _round_safely
 from ..rounding.grid import Grid, minmax_grid
 from ..rounding.hessian import damp
 from ..rounding.target import full_precision_target
@@ -93,15 +93,25 @@ def _write(block, part: Part, W_hat) -> None:
     weight[slice(None) if part.rows is None else part.rows.to(weight.device)] = W_hat.to(weight.dtype)
 
 
-def _note(results, block, part: Part, grid, zeta, rtn, loss, seconds) -> None:
+def _codes(W, grid: Grid, zeta) -> Tensor:
+    "The codes of a weight that lies on `grid`."
+    scale, zero = grid.scale.cpu().double(), grid.zero.cpu().double()
+    return Grid(grid.bits, scale, zero).codes(W.detach().cpu().double() / zeta.cpu().double()).to(torch.uint8)
+
+
+def _note(results, block, part: Part, W_hat, grid, zeta, rtn, loss, seconds) -> None:
     "Writes a rounded part into its linear's result."
     name, rows = part.linear, slice(None) if part.rows is None else part.rows
+    W = weight_of(block, name)
     if name not in results:
-        blank = torch.ones(len(weight_of(block, name)), grid.scale.shape[-1], dtype=grid.scale.dtype)
-        results[name] = LayerResult(replace(grid, scale=blank, zero=blank.clone()), zeta.cpu(), block, name)
+        blank = torch.ones(len(W), grid.scale.shape[-1], dtype=grid.scale.dtype)
+        blank = Grid(grid.bits, blank, blank)
+        results[name] = RoundedLayer.of(_codes(W, blank, zeta), blank, zeta)
     r = results[name]
-    r.grid.scale[rows], r.grid.zero[rows] = grid.scale.cpu(), grid.zero.cpu()
-    r.loss_rtn, r.loss, r.seconds = r.loss_rtn + rtn, r.loss + loss, r.seconds + seconds
+    codes, scale, zero = r.codes, r.grid.scale.clone(), r.grid.zero.clone()
+    codes[rows], scale[rows], zero[rows] = _codes(W_hat, grid, zeta), grid.scale.cpu(), grid.zero.cpu()
+    losses = dict(loss_rtn=r.loss_rtn + rtn, loss=r.loss + loss, seconds=r.seconds + seconds)
+    results[name] = RoundedLayer.of(codes, Grid(grid.bits, scale, zero), zeta, **losses)
 
 # %% ../../nbs/quantize/63_block.ipynb #c14tasks
 class _Task(NamedTuple):
@@ -137,7 +147,7 @@ def _round_task(model, block, task, loss, target, zeta, config, prefix) -> tuple
     return grid, zeta, *losses, time.perf_counter() - start, notes
 
 
-def _share_results(block, tasks, owner, done, dtype, notes, team) -> dict[str, LayerResult]:
+def _share_results(block, tasks, owner, done, dtype, notes, team) -> dict[str, RoundedLayer]:
     "What each process has done reaches all of them, in the order of the tasks."
     results = {}
     for i, task in enumerate(tasks):
@@ -145,7 +155,7 @@ def _share_results(block, tasks, owner, done, dtype, notes, team) -> dict[str, L
         W_hat, *rest, said = team.broadcast(mine, owner[i])
         if i not in done:
             _write(block, task.part, W_hat)
-        _note(results, block, task.part, *rest)
+        _note(results, block, task.part, W_hat, *rest)
         notes += said
     return results
 
@@ -158,7 +168,7 @@ def _check_fits(W_hat, dtype: torch.dtype, name: str) -> None:
 # %% ../../nbs/quantize/63_block.ipynb #c14parts
 def _quantize_parts(
     model, block, parts, losses, targets, config, announce, prefix, notes, team
-) -> dict[str, LayerResult]:
+) -> dict[str, RoundedLayer]:
     "Rounds the parts that have a loss, in place; processes share the work and end with the same block."
     zetas, done = _zetas(model, targets, losses, config, notes), {}
     pieces = lambda name: config.shares if bool((zetas[name] == 1).all()) else 1  # a linear has one zeta
@@ -176,7 +186,7 @@ def _quantize_parts(
     return _share_results(block, tasks, owner, done, config.dtype, notes, team)
 
 # %% ../../nbs/quantize/63_block.ipynb #c14block
-def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[dict[str, LayerResult], int, list[str]]:
+def _quantize_block(model, block, streams, config, announce, prefix) -> tuple[dict[str, RoundedLayer], int, list[str]]:
     "Rounds the linears of `block` in place; names are relative to it. Also the bytes of its statistics, and notes."
     found = survey(model, block, streams[0])
     parts, results, most = parts_of(block, found), {}, 0
@@ -240,7 +250,7 @@ def _check_weights(block, names, dtype) -> None:
         _check_fits(block.get_submodule(name).weight, dtype, name)
 
 # %% ../../nbs/quantize/63_block.ipynb #c14whol2
-def _quantize_whole(model, block, streams, config, announce, prefix) -> tuple[dict[str, LayerResult], int, list[str]]:
+def _quantize_whole(model, block, streams, config, announce, prefix) -> tuple[dict[str, RoundedLayer], int, list[str]]:
     "Rounds `block` by one of `METHODS`, in place. The losses in the results are the relative error of its output."
     start, (stream, full), notes = time.perf_counter(), streams, []
     full.run(block, keep=True)
@@ -255,6 +265,6 @@ def _quantize_whole(model, block, streams, config, announce, prefix) -> tuple[di
     if not error <= rtn:
         rounded, error = _put_nearest(block, nearest, kept), rtn
         _check_weights(block, bits, model.dtype)
-    cpu, seconds = lambda g: replace(g, scale=g.scale.cpu(), zero=g.zero.cpu()), time.perf_counter() - start
-    store = lambda n, r: LayerResult(cpu(r.grid), r.zeta.cpu(), block, n, rtn, error, seconds / len(bits))
+    costs = dict(loss_rtn=rtn, loss=error, seconds=(time.perf_counter() - start) / max(1, len(bits)))
+    store = lambda n, r: RoundedLayer.of(_codes(weight_of(block, n), r.grid, r.zeta), r.grid, r.zeta, **costs)
     return {n: store(n, r) for n, r in rounded.items()}, 0, notes

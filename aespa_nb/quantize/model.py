@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,7 +32,7 @@ from ..model.team import ALONE, Shares, Team
 from .block import _quantize_block, _quantize_whole
 from .config import AespaConfig, bits_of
 from .journal import Journal, fingerprint, open_journal
-from .layer import LayerResult, round_layer
+from .layer import RoundedLayer, round_layer
 from .report import QuantReport, _measuring_memory, progress_bar, config_fields
 from ..rounding.grid import Grid, grouped
 
@@ -208,11 +208,11 @@ def _tune(block, results, streams, config) -> list[str]:
     grids = {name: move(r.grid, streams[0].device) for name, r in modules.items()}
     tuned, _ = tune_scales(block, grids, streams[0], streams[1].hidden, config.tuning, seed=config.seed)
     for name, r in modules.items():
-        r.grid = move(tuned[name], "cpu")
+        results[name] = r.on(move(tuned[name], "cpu"))
     return ["tuning did not lower the block's error and was dropped"] if tuned is grids else []
 
 
-def _new_block(model, block, streams, config, announce, prefix) -> tuple[dict[str, LayerResult], dict]:
+def _new_block(model, block, streams, config, announce, prefix) -> tuple[dict[str, RoundedLayer], dict]:
     "Rounds a block in place: the results, and what else is to be reported."
     quantize = _quantize_block if config.method == "layers" else _quantize_whole
     results, memory, notes = quantize(model, block, streams, config, announce, prefix)
@@ -241,11 +241,6 @@ def _visit_block(model, block, streams, report, announce, prefix, journal) -> No
     report.layers.update({prefix + layer: result for layer, result in results.items()})
 
 # %% ../../nbs/quantize/65_model.ipynb #c14jour1
-def _weight_again(result: LayerResult, codes: Tensor) -> Float[Tensor, "out inp"]:
-    "The weight from its codes, by the operations that made it."
-    return result.grid.values(codes.to(result.grid.scale.dtype)) * result.zeta
-
-
 def _record_block(block, results, facts) -> tuple[dict[str, Tensor], dict]:
     "A finished block as tensors and facts."
     tensors = {f"parameter:{name}": p for name, p in block.named_parameters() if p.ndim < 2}
@@ -254,13 +249,13 @@ def _record_block(block, results, facts) -> tuple[dict[str, Tensor], dict]:
         codes = r.codes
         tensors |= {f"codes:{name}": codes, f"zeta:{name}": r.zeta.clone()}
         tensors |= {f"scale:{name}": r.grid.scale, f"zero:{name}": r.grid.zero}
-        if not torch.equal(_weight_again(r, codes), r.weight.cpu()):
-            tensors[f"weight:{name}"] = r.weight
+        if not torch.equal(r.weight(), weight_of(block, name).cpu()):
+            tensors[f"weight:{name}"] = weight_of(block, name)
         layers[name] = dict(bits=r.grid.bits, loss_rtn=r.loss_rtn, loss=r.loss, seconds=r.seconds)
     return tensors, facts | dict(layers=layers)
 
 # %% ../../nbs/quantize/65_model.ipynb #c14jour2
-def _restore_block(block, tensors, facts) -> tuple[dict[str, LayerResult], dict]:
+def _restore_block(block, tensors, facts) -> tuple[dict[str, RoundedLayer], dict]:
     "Makes `block` what it was when it was stored; its results and facts."
     results, layers = {}, facts.pop("layers")
     for name, p in block.named_parameters():
@@ -268,9 +263,9 @@ def _restore_block(block, tensors, facts) -> tuple[dict[str, LayerResult], dict]
             p.copy_(tensors[f"parameter:{name}"])
     for name, fact in layers.items():
         scale, zero, zeta, codes = (tensors[f"{kind}:{name}"] for kind in ("scale", "zero", "zeta", "codes"))
-        r = results[name] = LayerResult(Grid(fact.pop("bits"), scale, zero), zeta, block, name, **fact)
+        r = results[name] = RoundedLayer.of(codes, Grid(fact.pop("bits"), scale, zero), zeta, **fact)
         weight = tensors.get(f"weight:{name}")
-        r.weight.copy_(_weight_again(r, codes) if weight is None else weight)
+        weight_of(block, name).copy_(r.weight() if weight is None else weight)
     return results, facts
 
 # %% ../../nbs/quantize/65_model.ipynb #c14jour3

@@ -9,6 +9,7 @@ __all__ = ['QuantReport', 'report_rows', 'config_fields', 'report_json']
 import contextlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ import torch
 
 from ..model.memory import sampled
 from .config import AespaConfig
-from .layer import LayerResult
+from .layer import RoundedLayer
 
 # %% ../../nbs/quantize/62_report.ipynb #800752d4
 def _private_bytes() -> int:
@@ -64,7 +65,7 @@ class QuantReport:
     "What `quantize_model` did."
 
     config: AespaConfig
-    layers: dict[str, LayerResult] = field(default_factory=dict)
+    layers: dict[str, RoundedLayer] = field(default_factory=dict)
     seconds: float = 0.0
     peak_bytes: int = 0  # memory above what was in use at the start, the model included there
     block_bytes: int = 0  # the largest block in `config.dtype`
@@ -80,8 +81,8 @@ class QuantReport:
     def bits_per_weight(self) -> float:
         "Of the rounded linears: codes, 16-bit scales, zero-points as wide as a code and 16-bit zetas."
         layers, steps = self.layers.values(), lambda r: r.grid.scale.numel() * (16 + r.grid.bits)
-        bits = sum(r.weight.numel() * r.grid.bits + steps(r) + 16 * r.zeta.numel() for r in layers)
-        return bits / sum(r.weight.numel() for r in layers)
+        bits = sum(math.prod(r.shape) * r.grid.bits + steps(r) + 16 * r.zeta.numel() for r in layers)
+        return bits / sum(math.prod(r.shape) for r in layers)
 
 # %% ../../nbs/quantize/62_report.ipynb #3ab9ce6c
 def report_rows(report: QuantReport) -> list[dict]:
