@@ -9,22 +9,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from aespa_nb.quantize.config import AespaConfig
-from aespa_nb.quantize.layer import LayerResult
-from aespa_nb.quantize.model import quantize_model
-from aespa_nb.quantize.report import QuantReport
 from aespa_nb.cli import main
 from aespa_nb.data.text import load_reference
-from aespa_nb.model.blocks import weight_of
+from aespa_nb.errors import AespaError
+from aespa_nb.export import folding
 from aespa_nb.export.checkpoint import export_model, read_quantized
 from aespa_nb.export.folding import fold_zeta, snap_model
 from aespa_nb.export.formats import check_format
-from aespa_nb.rounding.packing import pack, unpack
+from aespa_nb.model.blocks import linears_of, weight_of
+from aespa_nb.quantize.config import AespaConfig
+from aespa_nb.quantize.layer import RoundedLayer
+from aespa_nb.quantize.model import quantize_model
+from aespa_nb.quantize.report import QuantReport
 from aespa_nb.rounding.grid import minmax_grid
-from aespa_nb.errors import AespaError
+from aespa_nb.rounding.packing import pack, unpack
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
@@ -34,8 +36,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    GenerationConfig,
     OPTConfig,
     OPTForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -56,13 +61,22 @@ def small_model(kind, dtype=torch.float32):
 def nearest(model, bits, group_size=None, symmetric=False):
     "A report of round-to-nearest for the linears in the blocks; bits may be a function of the name."
     report = QuantReport(AespaConfig.preset("rtn", group_size=group_size, symmetric=symmetric))
-    for name, module in model.named_modules():
-        if type(module).__name__ in ("Linear", "Conv1D") and "lm_head" not in name:
+    for name in linears_of(model):
+        if "lm_head" not in name:
             weight = weight_of(model, name).detach()
             grid = minmax_grid(weight.float(), bits(name) if callable(bits) else bits, group_size, symmetric)
-            weight.copy_(grid.round(weight.float()))
-            report.layers[name] = LayerResult(grid, torch.ones(weight.shape[1]), model, name, 1.0, 0.5, 0.0)
+            r = report.layers[name] = RoundedLayer.of(grid.codes(weight.float()), grid, loss_rtn=1.0, loss=0.5)
+            weight.copy_(r.weight())
     return report
+
+
+def words_of(report):
+    return {name: r.words for name, r in report.layers.items()}
+
+
+def same(a, b):
+    "Whether two dictionaries of tensors hold the same."
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @torch.no_grad()
@@ -145,7 +159,7 @@ def test_the_bundled_model_is_the_same_in_a_new_process(tmp_path):
     report = quantize_model(full, calib[:1, :32], AespaConfig.preset("rtn", 2))  # in its own 32 bits nothing is rounded
     before = logits(full, heldout[:1])
     done = export_model(full, report, tmp_path / "own")
-    assert done.step_change == 0 and done.dtype == torch.float32 and done.ratio <= LIMIT[2]
+    assert done.scale_change == 0 and done.dtype == torch.float32 and done.ratio <= LIMIT[2]
     assert torch.equal(logits(full, heldout[:1]), before)
     jobs.append((tmp_path / "own", before, heldout[:1]))
     assert max(reloaded(jobs, tmp_path)) <= 1e-5
@@ -156,7 +170,7 @@ def test_the_bundled_model_is_the_same_in_a_new_process(tmp_path):
 
 
 def test_other_models_in_a_new_process(tmp_path):
-    "OPT with biases, 5 bits, shapes that fill no word, mixed bits, Z-Fold on both families, 16-bit models."
+    "OPT with biases, 5 bits, shapes that fill no word, mixed bits, Z-Fold on both families, 16-bit models, 8 bits."
     tokens, jobs = torch.arange(1, 33).reshape(2, 16), []
 
     def add(name, model, report, **options):
@@ -182,34 +196,37 @@ def test_other_models_in_a_new_process(tmp_path):
         before, size = logits(model, tokens), logits(model, tokens).abs().max()
         add(f"zfold-{kind}-{group_size}", model, report)
         assert (logits(model, tokens) - before).abs().max() < 1e-5 * max(1, size)
-    half = small_model("llama", torch.float16)
-    done = add("half", half, nearest(half, 4, 16))
-    assert done.dtype == torch.float16 and done.step_change > 0
+    for dtype, bits in ((torch.float16, 4), (torch.bfloat16, 8)):
+        half = small_model("llama", dtype)
+        done = add(f"half-{bits}", half, nearest(half, bits, 16))
+        assert done.dtype == dtype and done.scale_change > 0
     assert max(reloaded(jobs, tmp_path)) <= 1e-5
 
 
-def test_bfloat16_steps_for_a_bfloat16_model(tmp_path):
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "dense"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_of_a_bfloat16_model(bits, form, tmp_path):
+    "The weights of 8 bits do not tell their codes apart in bfloat16; the records do."
     model = small_model("llama", torch.bfloat16)
-    report = nearest(model, 7, 16)
-    codes = {n: r.codes for n, r in report.layers.items()}
-    export_model(model, report, tmp_path / "out")
-    assert all(torch.equal(r.codes, codes[n]) for n, r in report.layers.items())
-    name = "model.layers.0.mlp.up_proj"
-    assert load_file(tmp_path / "out/model.safetensors")[f"{name}.weight_scale"].dtype == torch.bfloat16
+    report = nearest(model, bits, 32)
+    words = words_of(report)
+    export_model(model, report, tmp_path / "out", form)
     back = read_quantized(tmp_path / "out")
-    assert back.model.dtype == torch.bfloat16 and torch.equal(back.report.layers[name].codes, codes[name])
+    assert same(words_of(report), words) and same(words_of(back.report), words)
+    assert all(p.dtype == torch.bfloat16 for p in back.model.parameters())
     assert torch.equal(logits(back.model), logits(model))
+    for r in report.layers.values():
+        assert torch.equal(r.grid.scale, r.grid.scale.bfloat16().float())
 
 
 # --- zeta -----------------------------------------------------------------------------------------------------------
 
 
-def with_zeta(report, *names):
+def with_zeta(model, report, *names):
     for name in names:
         r = report.layers[name]
-        zeta = torch.linspace(0.5, 2, r.weight.shape[1])
-        r.weight.data *= zeta
-        report.layers[name] = replace(r, zeta=zeta)
+        r = report.layers[name] = r.on(r.grid, torch.linspace(0.5, 2, r.shape[1]))
+        weight_of(model, name).data.copy_(r.weight())
 
 
 @pytest.mark.parametrize(
@@ -222,40 +239,48 @@ def with_zeta(report, *names):
 def test_zeta_that_cannot_be_folded_is_refused_and_nothing_is_written(names, words, tmp_path):
     model = small_model("llama")
     report = nearest(model, 3)
-    with_zeta(report, *names)
-    state = copy.deepcopy(model.state_dict())
+    with_zeta(model, report, *names)
+    state, zetas = copy.deepcopy(model.state_dict()), {n: r.zeta for n, r in report.layers.items()}
     with pytest.raises(AespaError, match=words):
         export_model(model, report, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert same(model.state_dict(), state)
     export_model(model, report, tmp_path / "dense", "dense")  # the way out that the message names
+    assert same({n: r.zeta for n, r in read_quantized(tmp_path / "dense").report.layers.items()}, zetas)
 
 
 def test_zeta_of_an_output_projection_with_shared_values_is_refused():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2)).eval()
     report = nearest(model, 3)
-    with_zeta(report, "model.layers.0.self_attn.o_proj")
+    with_zeta(model, report, "model.layers.0.self_attn.o_proj")
     with pytest.raises(AespaError, match="no layer before model.layers.0.self_attn.o_proj"):
         fold_zeta(model, report)
 
 
 def test_a_norm_that_stores_its_weight_minus_one(monkeypatch):
-    import aespa_nb.export.checkpoint as export
-
     torch.manual_seed(0)
     config = GemmaConfig(**SMALL, intermediate_size=64, head_dim=8, num_key_value_heads=4)
     model = GemmaForCausalLM(config).eval()
     report, source = nearest(model, 3), "post_attention_layernorm"
     names = ("mlp.gate_proj", "mlp.up_proj")
-    with_zeta(report, *(f"model.layers.0.{n}" for n in names))
-    monkeypatch.setattr(export, "zeta_groups", lambda model: [(source, names)])
+    with_zeta(model, report, *(f"model.layers.0.{n}" for n in names))
+    monkeypatch.setattr(folding, "zeta_groups", lambda model: [(source, names)])
     before = logits(model)
     fold_zeta(model, report)
     assert_close(logits(model), before, rtol=0, atol=1e-5)
+    assert all((r.zeta == 1).all() for r in report.layers.values())
 
 
 # --- what is refused, what stays dense ------------------------------------------------------------------------------
+
+
+class Other(torch.nn.Module):
+    "Like a linear, but none."
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
 
 
 def test_conv1d_stays_dense_and_is_listed(tmp_path):
@@ -266,19 +291,29 @@ def test_conv1d_stays_dense_and_is_listed(tmp_path):
         export_model(model, report, tmp_path / "out")
     model = small_model("llama")
     report = nearest(model, 3)
-    report.layers["model.experts"] = report.layers.pop("model.layers.0.mlp.up_proj")
+    model.model.layers[0].mlp.up_proj = Other(model.model.layers[0].mlp.up_proj.weight)
     done = export_model(model, report, tmp_path / "some")
-    assert done.dense == ["model.experts"]
-    assert "rounded, but stored dense | model.experts" in (tmp_path / "some/README.md").read_text()
+    assert done.dense == ["model.layers.0.mlp.up_proj"]
+    assert "rounded, but stored dense | model.layers.0.mlp.up_proj" in (tmp_path / "some/README.md").read_text()
     assert "model.layers.0.mlp.up_proj.weight" in load_file(tmp_path / "some/model.safetensors")
+
+
+def test_experts_that_transformers_takes_for_packed_are_refused(tmp_path):
+    torch.manual_seed(0)
+    experts = dict(head_dim=8, num_key_value_heads=2, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **experts)).eval()
+    report = nearest(model, 4)
+    with pytest.raises(AespaError, match="another name in its files: export as dense"):
+        export_model(model, report, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_model(model, report, tmp_path / "out", "dense")
+    assert same(words_of(read_quantized(tmp_path / "out").report), words_of(report))
 
 
 def test_refusals(tmp_path):
     with pytest.raises(AespaError, match="unknown format"):
         check_format("gguf")
     model = small_model("llama")
-    with pytest.raises(AespaError, match="8-bit codes"):
-        export_model(model, nearest(model, 8), tmp_path / "out", dtype=torch.bfloat16)
     for form, report, words in (
         ("gptq", nearest(model, 5), "no 5-bit codes"),
         ("compressed-tensors", nearest(model, lambda n: 4 if "up" in n else 2), "symmetric=True"),
@@ -290,9 +325,17 @@ def test_refusals(tmp_path):
         export_model(odd, nearest(odd, 3), tmp_path / "out", "gptq")
     report = nearest(model, 3)
     name, r = next(iter(report.layers.items()))
-    report.layers[name] = replace(r, grid=replace(r.grid, zero=r.grid.zero - 9))
+    report.layers[name] = r.on(replace(r.grid, zero=r.grid.zero - 9))
     with pytest.raises(AespaError, match="no code"):
         export_model(model, report, tmp_path / "out")
+    state = copy.deepcopy(model.state_dict())
+    report.layers[name] = r.on(replace(r.grid, scale=r.grid.scale * 1e9))
+    with pytest.raises(AespaError, match=f"a scale of {name} is beyond torch.float16"):
+        export_model(model, report, tmp_path / "out", dtype=torch.float16)
+    assert same(model.state_dict(), state)
+    model.config.num_hidden_layers = 3
+    with pytest.raises(AespaError, match="describes another model"):
+        export_model(model, nearest(model, 3), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -306,11 +349,11 @@ def test_mixed_bits_in_gptq_are_exceptions_in_its_config(tmp_path):
     }
 
 
-def test_steps_survive_even_where_float16_underflows():
+def test_scales_survive_even_where_float16_underflows():
     model = small_model("llama")
     report = nearest(model, 4)
     name, r = next(iter(report.layers.items()))
-    report.layers[name] = replace(r, grid=replace(r.grid, scale=torch.full_like(r.grid.scale, 1e-12)))
+    report.layers[name] = r.on(replace(r.grid, scale=torch.full_like(r.grid.scale, 1e-12)))
     snap_model(model, report, torch.float16)
     assert (report.layers[name].grid.scale > 0).all()
 
@@ -322,13 +365,13 @@ def test_steps_survive_even_where_float16_underflows():
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_every_format_is_read_back(form, kind, tmp_path):
     model = small_model(kind)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=[0, 5])
     report = nearest(model, 3, 16)
     export_model(model, report, tmp_path / "out", form, facts={"perplexity": 5.25})
     back = read_quantized(tmp_path / "out")
-    assert_close(logits(back.model), logits(model), rtol=0, atol=0)
-    assert back.facts == {"perplexity": 5.25} and back.report.layers.keys() == report.layers.keys()
-    for name, r in back.report.layers.items():
-        assert torch.equal(r.codes, report.layers[name].codes) and r.loss == 0.5
+    assert torch.equal(logits(back.model), logits(model)) and same(words_of(back.report), words_of(report))
+    assert back.facts == {"perplexity": 5.25} and {r.loss for r in back.report.layers.values()} == {0.5}
+    assert back.model.generation_config.temperature == 0.7 and back.model.generation_config.eos_token_id == [0, 5]
 
 
 def test_sharded_and_mixed_folders_are_read_back(tmp_path, monkeypatch):
@@ -339,7 +382,7 @@ def test_sharded_and_mixed_folders_are_read_back(tmp_path, monkeypatch):
     export_model(model, report, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     back = read_quantized(tmp_path / "out")
-    assert torch.equal(logits(back.model), logits(model)) and len(back.report.layers) == len(report.layers)
+    assert torch.equal(logits(back.model), logits(model)) and same(words_of(back.report), words_of(report))
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path):
@@ -350,10 +393,15 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(AespaError, match="no folder at .*nowhere"):
         read_quantized(tmp_path / "nowhere")
     export_model(model, nearest(model, 3), tmp_path / "out", "dense")
-    weights = load_file(tmp_path / "out/model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0] *= -1
-    save_file(weights, tmp_path / "out/model.safetensors", {"format": "pt"})
-    with pytest.raises(AespaError, match="disagree"):
+    for file, name in (("model", "weight"), ("quantization", "scale")):
+        good = load_file(tmp_path / f"out/{file}.safetensors")
+        bad = good | {f"model.layers.0.mlp.up_proj.{name}": good[f"model.layers.0.mlp.up_proj.{name}"] * 1.5}
+        save_file(bad, tmp_path / f"out/{file}.safetensors", {"format": "pt"})
+        with pytest.raises(AespaError, match="disagree"):
+            read_quantized(tmp_path / "out")
+        save_file(good, tmp_path / f"out/{file}.safetensors", {"format": "pt"})
+    (tmp_path / "out/quantization.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(AespaError, match="is damaged"):
         read_quantized(tmp_path / "out")
 
 
@@ -370,9 +418,10 @@ def test_the_card_says_what_was_done(tmp_path):
     facts = {"base model": "facebook/opt-125m", "calibration": "wikitext2, 128 sequences", "perplexity": 27.65432}
     export_model(model, nearest(model, 3, 16), tmp_path / "out", facts=facts)
     card = (tmp_path / "out/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\nbase_model: facebook/opt-125m\n")
+    head = ModelCard(card).data
+    assert (head.library_name, head.base_model) == ("transformers", "facebook/opt-125m") and "3-bit" in head.tags
     rows = ("| 27.65 |", "| group_size | 16 |", "| fc1 | 2 | 0.500 | 0.500 |")
-    for words in ("- 3-bit", "wikitext2, 128 sequences", *rows):
+    for words in ("wikitext2, 128 sequences", *rows):
         assert words in card
     assert "OPTForCausalLM.from_pretrained" in card
 
@@ -388,7 +437,7 @@ def test_command_line_round_trip(tmp_path, capsys):
     assert main(["export", packed, "--format", "dense", "--out", dense]) == 0
     assert main(["export", dense, "--out", again]) == 0
     first, second = (load_file(f"{folder}/model.safetensors") for folder in (packed, again))
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert same(first, second)
     assert {f.name for f in (tmp_path / "again").iterdir()} >= {"README.md", "tokenizer.json", "generation_config.json"}
     assert "reference, 1 sequences" in (tmp_path / "again/README.md").read_text()
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
