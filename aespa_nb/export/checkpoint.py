@@ -85,14 +85,36 @@ def _card(kind: str, report: QuantReport, done: Exported, facts: dict) -> ModelC
     for name, r in report.layers.items():
         ratios.setdefault(name.rpartition(".")[2], []).append(r.loss / r.loss_rtn if r.loss_rtn else 1.0)
     losses = [(n, len(v), f"{median(v):.3f}", f"{max(v):.3f}") for n, v in ratios.items()]
-    parts = [f"---\n{head.to_yaml()}\n---", f"# {base or kind}, {' and '.join(map(str, bits))} bits"]
-    parts += ["Rounded with aespa_nb.", table(("about", ""), *about.items())]
-    parts += ["## Loading", FORMATS[done.format].loading]
-    parts += [f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("this folder")\n```']
-    parts += ["## Recipe", table(("field", "value"), *recipe)]
-    parts += ["## Losses", "Each layer's loss, divided by that of round-to-nearest."]
-    parts += [table(("layers", "number", "median", "largest"), *losses)]
-    return ModelCard("\n\n".join(parts) + "\n")
+    return ModelCard(f"""---
+{head.to_yaml()}
+---
+
+# {base or kind}, {" and ".join(map(str, bits))} bits
+
+Rounded with aespa_nb.
+
+{table(("about", ""), *about.items())}
+
+## Loading
+
+{FORMATS[done.format].loading}
+
+```python
+from transformers import {kind}
+
+model = {kind}.from_pretrained("this folder")
+```
+
+## Recipe
+
+{table(("field", "value"), *recipe)}
+
+## Losses
+
+Each layer's loss, divided by that of round-to-nearest.
+
+{table(("layers", "number", "median", "largest"), *losses)}
+""")
 
 # %% ../../nbs/export/73_checkpoint.ipynb #15a7bc2a
 def _shards(folder: Path) -> Iterator:
@@ -122,39 +144,40 @@ def write_checkpoint(
     "What `export_model` writes, into a folder as it is, of a model as it is: for callers who see to both."
     check_format(form)
     dtype, facts, layers, config = dtype or model.dtype, facts or {}, {}, None
-    if form != "dense":
+    if form != "dense":  # refusals first
         layers = packable(model, report.layers, form)
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         config = FORMATS[form].config(layers, [n for n in linears if n not in layers])
         fold_zeta(model, report)
     change = snap_model(model, report, dtype)
+    dense = {n: r for n, r in report.layers.items() if n not in layers}
     layers = {n: report.layers[n] for n in layers}
+
     packed, cast, sizes = _tensors(layers, form, dtype), {}, {}
     to = lambda t: cast.setdefault((t.data_ptr(), t.shape), t.to(dtype))  # weights that are tied stay tied
-    state = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in layers}
-    state = {n: to(t) if t.is_floating_point() else t for n, t in state.items()}
+    rest = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in layers}
+    rest = {n: to(t) if t.is_floating_point() else t for n, t in rest.items()}
     for name, t in packed.items():
         part = FORMATS[form].holds[name.rpartition(".")[2]]
         sizes[part] = sizes.get(part, 0) + t.nbytes
-    sizes["rest"] = sum({t.data_ptr(): t.nbytes for t in state.values()}.values())
-    dense = [n for n in report.layers if n not in layers]
-    done = Exported(form, dtype, sizes, sum(math.prod(r.shape) for r in layers.values()), dense, change)
+    sizes["rest"] = sum({t.data_ptr(): t.nbytes for t in rest.values()}.values())
+    done = Exported(form, dtype, sizes, sum(math.prod(r.shape) for r in layers.values()), list(dense), change)
 
-    model.save_pretrained(folder, state_dict=state | packed)
+    model.save_pretrained(folder, state_dict=rest | packed)
     stored = {name for file in _shards(folder) for name in file.keys()}
-    experts = {name for name, t in state.items() if t.ndim == 3}
-    if form != "dense" and (other := sorted((packed.keys() | experts) - stored)):
+    expected = packed.keys() | {name for name, t in rest.items() if t.ndim == 3}  # stacks of experts
+    if form != "dense" and (other := sorted(expected - stored)):
         raise AespaError(f"transformers gives {other[0]} another name in its files: export as dense")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if form == "dense":
-        save_file(_tensors(report.layers, form), folder / "quantization.safetensors")
     saved = json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     saved |= {"quantization_config": config} if config else {}
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
-    bits = {n: report.layers[n].grid.bits for n in layers or report.layers}
-    about = {"format": form, "bits": bits, "dense": dense, "sizes": sizes, "facts": facts}
+    if form == "dense":
+        save_file(_tensors(dense, form), folder / "quantization.safetensors")
+    bits = {n: r.grid.bits for n, r in (layers or dense).items()}
+    about = {"format": form, "bits": bits, "dense": done.dense, "sizes": sizes, "facts": facts}
     (folder / "quantization.json").write_text(json.dumps(json.loads(report_json(report)) | {"export": about}, indent=1))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     _card(type(model).__name__, report, done, facts).save(folder / "README.md")
     return done
 

@@ -18,7 +18,7 @@ from ..quantize.layer import RoundedLayer
 from ..rounding.grid import Grid
 from ..rounding.packing import RoundedWeight, pack, unpack
 
-# %% ../../nbs/export/72_formats.ipynb #20d575a4
+# %% ../../nbs/export/72_formats.ipynb #0f6353a3
 def is_symmetric(layers: dict[str, RoundedLayer]) -> bool:
     "Is every zero-point the middle code?"
     return all(bool((r.grid.zero == 2 ** (r.grid.bits - 1)).all()) for r in layers.values())
@@ -104,7 +104,7 @@ class GPTQ:
         meta = {"quantizer": [f"aespa_nb:{version('aespa_nb')}"]}
         return {**number(usual), "sym": is_symmetric(layers), "dynamic": dynamic or None, "meta": meta, **form}
 
-# %% ../../nbs/export/72_formats.ipynb #4ed3d392
+# %% ../../nbs/export/72_formats.ipynb #c18e2a48
 class Dense:
     "Ordinary weights; and the records, in a file of their own."
 
