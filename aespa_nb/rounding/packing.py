@@ -46,7 +46,7 @@ def unpack(
 # %% ../../nbs/rounding/19_packing.ipynb #0e758389
 @dataclass(frozen=True)
 class RoundedWeight:
-    "A rounded weight as it is kept: `W_hat = scale * (codes - zero) * zeta`, on the CPU, codes packed at their own bits."
+    "A rounded weight as it is kept, on the CPU, its codes packed: `W_hat = scale * (codes - zero) * zeta`."
 
     words: Int[Tensor, "out words"]  # `pack`ed codes
     grid: Grid  # scale and zero: [out groups]
