@@ -40,8 +40,8 @@ def test_weights_are_codes_on_grids_and_errors_below_rtn(model, method, changes)
     for name, r in report.layers.items():
         assert int(r.codes.max()) < 2**r.grid.bits and r.loss <= r.loss_rtn
         W_hat = r.grid.values(r.codes.double()) * r.zeta
-        torch.testing.assert_close(W_hat, r.weight().double(), atol=1e-5, rtol=1e-4)
-        assert torch.equal(r.weight(), rounded.get_submodule(name).weight)
+        torch.testing.assert_close(W_hat, r.weight.detach().double(), atol=1e-5, rtol=1e-4)
+        assert torch.equal(r.weight, rounded.get_submodule(name).weight)
     rows = report_rows(report)
     assert {row["bits"] for row in rows} == {changes.get("bits", 2)}
     assert torch.isfinite(rounded(TOKENS).logits).all()
@@ -117,7 +117,7 @@ def test_a_solver_of_ones_own_may_return_another_grid(model, monkeypatch):
     nearest = AespaConfig.preset("rtn", bits=4)
     coarse, fine = (quantize_model(copy.deepcopy(model), TOKENS, c) for c in (replace(nearest, solver="mine"), nearest))
     for name, r in coarse.layers.items():  # worse than nearest: the last guard scales in
-        assert torch.equal(r.weight(), fine.layers[name].weight())
+        assert torch.equal(r.weight, fine.layers[name].weight)
     assert len(coarse.notes) == 14 and all("mine left" in note for note in coarse.notes)
 
 

@@ -11,7 +11,6 @@ import csv
 import html
 import io
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def compare_presets(
 # %% ../../nbs/experiments/84_results.ipynb #883f03a0
 def _row(name, numel, report, scores) -> dict:
     "One line of the results."
-    layers = sum(math.prod(r.shape) for r in report.layers.values())
+    layers = sum(r.weight.numel() for r in report.layers.values())
     size = (layers * report.bits_per_weight / 8 + (numel - layers) * 2) / 1e6
     memory = dict(peak_MiB=report.peak_bytes / 2**20, budget_MiB=report.budget_bytes / 2**20)
     measured = dict(seconds=report.seconds, megabytes=size, bits_per_weight=report.bits_per_weight)

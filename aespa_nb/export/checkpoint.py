@@ -32,7 +32,7 @@ from ..model.checkpoint import check_files, check_sizes, shards_of
 from ..quantize.config import AespaConfig
 from ..quantize.journal import complete_folder
 from ..quantize.layer import RoundedLayer
-from ..quantize.report import QuantReport, report_json
+from ..quantize.report import QuantReport
 
 # %% ../../nbs/export/73_checkpoint.ipynb #c15desc1
 def _check_config(model: PreTrainedModel) -> None:
@@ -175,7 +175,7 @@ def write_checkpoint(
         save_file(_tensors(dense, form), folder / "quantization.safetensors")
     bits = {n: r.grid.bits for n, r in (layers or dense).items()}
     about = {"format": form, "bits": bits, "dense": done.dense, "sizes": sizes, "facts": facts}
-    (folder / "quantization.json").write_text(json.dumps(json.loads(report_json(report)) | {"export": about}, indent=1))
+    (folder / "quantization.json").write_text(json.dumps(json.loads(report.to_json()) | {"export": about}, indent=1))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _card(type(model).__name__, report, done, facts).save(folder / "README.md")
