@@ -245,7 +245,6 @@ def compare(
     Call it again with the same --out to go on where it was stopped, or to add runs."""
     from aespa_nb.data.text import calibration_windows
     from aespa_nb.experiments import comparison, results
-    from aespa_nb.plots import plot_comparison
 
     source.refuse_rounded()
     sizes, changed = [size or None for size in grid.group_sizes], changes.given()
@@ -266,12 +265,8 @@ def compare(
         name = comparison.Run(*(record[key] for key in comparison.Run._fields)).name
         scores = record.get("refused") or f"perplexity {record['perplexity']:8.2f}  KL {record['kl']:.4f}"
         print(f"  {name:24s} {scores}", flush=True)
-    records, figures = comparison.read_records(out), {}
-    rows = comparison.mean_rows(records)
-    with results.noted("a figure"):
-        figures["comparison"] = results.svg(plot_comparison(rows))
-    with results.noted("a report"):
-        results.write_results(Path(out).expanduser(), f"aespa_nb: {source.model}", rows, run, figures)
+    records = comparison.read_records(out)
+    results.write_results(Path(out).expanduser(), f"aespa_nb: {source.model}", comparison.mean_rows(records), run)
     print(comparison.comparison_table(records))
     print(f"written to {out}: report.html, comparison.svg, results.csv; runs/ holds one record per run")
 
@@ -335,7 +330,7 @@ def try_one_block(source: Source, recipe: Recipe, text: Text, form: str) -> str:
     def write(rounded, report, folder, scores) -> None:
         save(folder, rounded, report, form, tokenizer, text.facts(source), dtype)
         rows = [results.score_row("", rounded, *row) for row in ((scores[0],), (scores[1], report))]
-        results.write_results(folder, "", rows, run, {"layers": results.svg(plot_layers(report))})
+        results.write_results(folder, "", rows, run, layers=lambda: plot_layers(report))
 
     trial = plan.run_trial(model, fresh, calib, heldout, config, write, dtype, stages)
     return json.dumps(asdict(trial))
@@ -388,11 +383,10 @@ def demo(
     from transformers import AutoModelForCausalLM
 
     from aespa_nb.experiments import results
-    from aespa_nb.plots import plot_comparison
     from aespa_nb.quantize.journal import check_free, complete_folder
 
     check_free(out)
-    source, kept, rows, figures = Source("reference"), (presets[-1], min(bits)), [], {}
+    source, kept, rows = Source("reference"), (presets[-1], min(bits)), []
     names = [(preset, width) for width in bits for preset in presets]
     configs = [aespa_nb.AespaConfig.preset(*name, **changes.given()) for name in names]
     model, tokenizer = source.load()
@@ -405,10 +399,7 @@ def demo(
             rows.append(row)
             if (row["method"], row["bits"]) == kept:
                 save(folder / "checkpoint", rounded, report, form, tokenizer, text.facts(source), dtype)
-        with results.noted("a figure"):
-            figures["comparison"] = results.svg(plot_comparison(rows))
-        with results.noted("a report"):
-            results.write_results(folder, "aespa_nb: reference", rows, run, figures)
+        results.write_results(folder, "aespa_nb: reference", rows, run)
     print(results.results_table(rows))
     print(f"written to {out}: report.html, comparison.svg, results.json, checkpoint/")
     saved = AutoModelForCausalLM.from_pretrained(Path(out).expanduser() / "checkpoint", dtype=torch.float32).eval()
