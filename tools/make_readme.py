@@ -44,11 +44,11 @@ def say_minutes(text, nbs):
     "Adds minutes to each link to a chapter, and to the name of a part, which opens a line in bold, those of all its chapters."
     lines = []
     for line in text.splitlines():
-        spent = []
+        spent, unit = [], "" if line.startswith("- ") else " min"
 
         def with_minutes(link):
             spent.append(minutes(nbformat.read(nbs / link[1], as_version=4)))  # noqa: B023
-            return f"{link[0]} ({spent[-1]} min)"  # noqa: B023
+            return f"{link[0]} ({spent[-1]}{unit})"  # noqa: B023
 
         line = re.sub(r"\[[^\]]*\]\(([\w/]+\.ipynb)\)", with_minutes, line)
         lines.append(re.sub(r"^- \*\*(.+?)\*\*", rf"- **\1**, {sum(spent)} minutes", line) if spent else line)

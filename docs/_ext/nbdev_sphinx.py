@@ -53,6 +53,9 @@ def lay_out_sources(app, config):
 # --- while a page is read -----------------------------------------------------------------------------------------
 
 
+ANSWER = "the answer as code, tested"
+
+
 def first_line(text):
     return (text or "").strip().split("\n")[0]
 
@@ -71,11 +74,11 @@ def label(cell, after=""):
     statements = ast.parse(code).body
     if imports_only(statements):
         return "imports"
+    if "<summary>Answer" in after:
+        return ANSWER
     if figures_of(cell):
         title = re.search(r"(?:set_title|suptitle)\(\s*\"([^\"{$]+)\"", code)
         return f"plot: {title[1]}" if title else "plot"
-    if "<summary>Answer" in after:
-        return "the answer, tested"
     defined = [n for n in statements if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     if defined:
         purpose = next(filter(None, (first_line(ast.get_docstring(n)) for n in defined)), "").replace("`", "")
@@ -105,6 +108,8 @@ def tag_cell(cell, after=""):
         shows = label(cell, after)
         if {"hide", "exporti"} & d.keys():  # one click away, so that what is copied runs
             tags.add("hide-cell" if cell.outputs and not figures_of(cell) else "hide-input")
+        elif shows == ANSWER:
+            tags.add("hide-cell")
         elif "code-fold:" in d or shows == "imports" or (figures_of(cell) and "export" not in d):
             tags.add("hide-input")
         if tags & {"hide-cell", "hide-input"}:
@@ -226,7 +231,7 @@ def to_rst(text):
 
 def document(app, what, name, obj, options, lines):
     "Markdown to reStructuredText, and the comments beside the parameters to a list of fields."
-    lines[:] = [to_rst(line) for line in lines]
+    lines[:] = to_rst("\n".join(lines)).split("\n")
     if what not in ("function", "method", "class"):
         return
     try:
