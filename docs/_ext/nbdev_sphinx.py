@@ -70,22 +70,23 @@ def imports_only(statements):
 
 def label(cell, after=""):
     "What the bar of a folded cell says is in it; `after`: the text before the cell."
-    code = re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.M)
-    statements = ast.parse(code).body
+    directives, code = re.match(r"((?:\s*#\|.*\n?)*)(.*)", cell.source, flags=re.S).groups()
+    statements = ast.parse(re.sub(r"^\s*[%!].*$", "", code, flags=re.M)).body
     if imports_only(statements):
-        return "imports"
+        return "imports of the module" if "export" in cell.directives_ else "imports"
     if "<summary>Answer" in after:
         return ANSWER
     if figures_of(cell):
-        title = re.search(r"(?:set_title|suptitle)\(\s*\"([^\"{$]+)\"", code)
-        return f"plot: {title[1]}" if title else "plot"
-    defined = [n for n in statements if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        title = re.search(r"(?:title\(|title=)\s*\"([^\"{$]+)\"", code) or re.search(r"fig-alt: \"?([^,.:;]+)", directives)
+        return "plot" + (f": {title[1]}" if title else "")
+    inner = [n for s in statements if isinstance(s, (ast.If, ast.Try)) for n in s.body]
+    defined = [n for n in statements + inner if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     if defined:
         purpose = next(filter(None, (first_line(ast.get_docstring(n)) for n in defined)), "").replace("`", "")
         return ", ".join(n.name for n in defined) + (f": {purpose}" if purpose else "")
-    if any(isinstance(n, ast.Assert) or "test_" in ast.unparse(n)[:5] for n in statements):
+    if any(isinstance(n, ast.Assert) or ast.unparse(n).startswith("test_") for n in statements):
         return "checks"
-    named = [t.id for n in statements if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+    named = [t.id for n in statements + inner if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
     return ", ".join(named) or "setup"
 
 
@@ -95,6 +96,7 @@ def tag_cell(cell, after=""):
     false = {k.rstrip(":") for k, v in d.items() if v and v[0].lower() == "false"}
     if alt := re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, flags=re.M):
         meta["image"] = {"alt": alt[1].strip().strip('"')}
+    shows = "" if "default_exp" in d else label(cell, after)
     cell.source = re.sub(r"\A(?:\s*#\|.*\n?)+", "", cell.source)
     if "default_exp" in d or "include" in false or not cell.source.strip():
         tags.add("remove-cell")
@@ -105,12 +107,11 @@ def tag_cell(cell, after=""):
     if "export" in d:
         tags.add("nb-export")
     if not tags & {"remove-cell", "remove-input"}:
-        shows = label(cell, after)
         if {"hide", "exporti"} & d.keys():  # one click away, so that what is copied runs
             tags.add("hide-cell" if cell.outputs and not figures_of(cell) else "hide-input")
         elif shows == ANSWER:
             tags.add("hide-cell")
-        elif "code-fold:" in d or shows == "imports" or (figures_of(cell) and "export" not in d):
+        elif "code-fold:" in d or shows.startswith("imports") or (figures_of(cell) and "export" not in d):
             tags.add("hide-input")
         if tags & {"hide-cell", "hide-input"}:
             meta |= {"code_prompt_show": shows, "code_prompt_hide": shows}
@@ -167,7 +168,7 @@ def read_chapter(docname, source, way):
         if cell.cell_type == "code":
             tag_cell(cell, before.source)
     title = next(c for c in nb.cells if c.cell_type == "markdown")
-    title.source = re.sub(r"(\A# .*\n\s*(?:>.*\n?)*)", rf"\1\n{{.minutes}}\n{' · '.join(about)}\n\n", title.source, count=1)
+    title.source = re.sub(r"(\A# .*\n\s*(?:>.*\n?)*)", rf"\1\n\n{{.minutes}}\n{' · '.join(about)}\n\n", title.source, count=1)
     return json.dumps(nb2dict(nb))
 
 
@@ -221,7 +222,7 @@ def to_rst(text):
     out = []
     for part in re.split(r"(`[^`]+`|\$[^$\n]+\$)", text):
         if part[:1] == "`":
-            out.append(f"``{part[1:-1]}``")
+            out.append(f"``{part[1:-1]}``\\ ")  # an escaped space ends it, even within a word, and is not shown
         elif part[:1] == "$" and len(part) > 1:
             out.append(f":math:`{part[1:-1]}`")
         else:
