@@ -1,6 +1,6 @@
 """README.md from nbs/index.ipynb: prose, code, outputs, and figures as files that GitHub can show.
 
-Links to other chapters lead to the site; in the section on the ways through the book, each says how long its page takes.
+Links to other chapters lead to the site; in the section on the ways through the book they say how long a page takes.
 `--root DIR` does the same in a copy of the repository.
 """
 
@@ -41,17 +41,13 @@ def minutes(nb):
 
 
 def say_minutes(text, nbs):
-    "Adds minutes to each link to a chapter, and to the name of a part, which opens a line in bold, those of all its chapters."
-    lines = []
+    "Adds minutes to each link to a chapter, and the sum of its line to the name of a part, which opens it in bold."
+    lines, link = [], r"\[[^\]]*\]\(([\w/]+\.ipynb)\)"
     for line in text.splitlines():
-        spent, unit = [], "" if line.startswith("- ") else " min"
-
-        def with_minutes(link):
-            spent.append(minutes(nbformat.read(nbs / link[1], as_version=4)))  # noqa: B023
-            return f"{link[0]} ({spent[-1]}{unit})"  # noqa: B023
-
-        line = re.sub(r"\[[^\]]*\]\(([\w/]+\.ipynb)\)", with_minutes, line)
-        lines.append(re.sub(r"^- \*\*(.+?)\*\*", rf"- **\1**, {sum(spent)} minutes", line) if spent else line)
+        spent, unit = [minutes(nbformat.read(nbs / page, as_version=4)) for page in re.findall(link, line)], " min"
+        if part := re.match(r"- \*\*.+?\*\*", line):
+            line, unit = f"{part[0]}, {sum(spent)} minutes{line[part.end() :]}", ""
+        lines.append(re.sub(link, lambda m: f"{m[0]} ({spent.pop(0)}{unit})", line))  # noqa: B023
     return "\n".join(lines)
 
 

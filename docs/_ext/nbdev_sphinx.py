@@ -1,8 +1,8 @@
 """The bridge from nbdev to Sphinx.
 
 The pages are raw copies of nbs/, so that the download and Colab buttons hand out the real notebook. While a page is
-read, its `#|` directives become the cell tags that MyST-NB knows, a folded cell is labelled with what is in it, and names
-in backticks link to the API reference. The start page is README.md, which is made from nbs/index.ipynb.
+read, its `#|` directives become the cell tags that MyST-NB knows, folded cells are labelled with what is in them, and
+names in backticks link to the API reference. The start page is README.md, which is made from nbs/index.ipynb.
 """
 
 from __future__ import annotations
@@ -77,17 +77,17 @@ def label(cell, after=""):
     if "<summary>Answer" in after:
         return ANSWER
     if figures_of(cell):
-        title = re.search(r"(?:title\(|title=)\s*\"([^\"{$]+)\"", code) or re.search(r"fig-alt: \"?([^,.:;]+)", directives)
-        return "plot" + (f": {title[1]}" if title else "")
-    inner = [n for s in statements if isinstance(s, (ast.If, ast.Try)) for n in s.body]
-    defined = [n for n in statements + inner if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        title = re.search(r"title[(=]\s*\"([^\"{$]+)\"", code) or re.search(r"fig-alt: \"?([^,.:;]+)", directives)
+        return f"plot: {title[1]}" if title else "plot"
+    statements += [n for s in statements if isinstance(s, (ast.If, ast.Try)) for n in s.body]
+    defined = [n for n in statements if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     if defined:
         purpose = next(filter(None, (first_line(ast.get_docstring(n)) for n in defined)), "").replace("`", "")
         return ", ".join(n.name for n in defined) + (f": {purpose}" if purpose else "")
     if any(isinstance(n, ast.Assert) or ast.unparse(n).startswith("test_") for n in statements):
         return "checks"
-    named = [t.id for n in statements + inner if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
-    return ", ".join(named) or "setup"
+    targets = (t for n in statements if isinstance(n, ast.Assign) for t in n.targets)
+    return ", ".join(t.id for t in targets if isinstance(t, ast.Name)) or "setup"
 
 
 def tag_cell(cell, after=""):
@@ -136,11 +136,15 @@ def link_code(text, syms):
         if line.lstrip().startswith(("```", "~~~", "$$")):
             fenced = not fenced
         elif not fenced and not line.startswith("#"):
-            line = re.sub(
-                r"(?<![`\[}])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`|\])",
-                lambda m: f"{{py:obj}}`{m[1]} <{syms[m[1]]}>`" if m[1] in syms else m[0],
-                line,
-            ).replace("](../index.ipynb", "](../../index.md").replace("](../../docs/", "](../../")
+            line = (
+                re.sub(
+                    r"(?<![`\[}])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`|\])",
+                    lambda m: f"{{py:obj}}`{m[1]} <{syms[m[1]]}>`" if m[1] in syms else m[0],
+                    line,
+                )
+                .replace("](../index.ipynb", "](../../index.md")
+                .replace("](../../docs/", "](../../")
+            )
         lines.append(line)
     return "".join(lines)
 
@@ -155,7 +159,7 @@ def link_cell(cell, syms):
 
 
 def read_chapter(docname, source, way):
-    "The notebook with its cells tagged and linked; under its title, the minutes it takes and its place on the short way."
+    "The notebook, its cells tagged and linked; under its title the minutes it takes and its place on the short way."
     nb, syms = dict2nb(json.loads(source)), symbols()
     about = [f"{minutes(nb)} minutes"]
     if docname in way:
@@ -167,8 +171,8 @@ def read_chapter(docname, source, way):
     for before, cell in pairwise([dict2nb({"cells": [{"cell_type": "markdown", "source": ""}]}).cells[0], *nb.cells]):
         if cell.cell_type == "code":
             tag_cell(cell, before.source)
-    title = next(c for c in nb.cells if c.cell_type == "markdown")
-    title.source = re.sub(r"(\A# .*\n\s*(?:>.*\n?)*)", rf"\1\n\n{{.minutes}}\n{' · '.join(about)}\n\n", title.source, count=1)
+    title, below = next(c for c in nb.cells if c.cell_type == "markdown"), f"{{.minutes}}\n{' · '.join(about)}"
+    title.source = re.sub(r"(\A# .*\n\s*(?:>.*\n?)*)", rf"\1\n\n{below}\n\n", title.source, count=1)
     return json.dumps(nb2dict(nb))
 
 
