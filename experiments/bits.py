@@ -1,78 +1,53 @@
-"""The measurements behind the chapter on bit allocation, to nbs/runs/bits.json: an hour on one core. Runs on record are not repeated.
+"""An hour on one core, for the chapter on bit allocation, to nbs/runs/bits.json.
 
-An average of bits, shared out by `allocate_bits`, on the bundled model: 64 calibration sequences, first 128 held-out
-windows, as in tools/campaign.py. A whole number is run uniformly too, unless the campaign has done so.
+An average of bits, shared out by `allocate_bits`, on the bundled model; whole numbers also uniformly.
 """
 
 import argparse
-import copy
-import json
+import functools
+import itertools
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
-from aespa_nb.quantize.bit_allocation import allocate_bits, predicted_losses
+from aespa_nb import AespaConfig, load_reference
 from aespa_nb.model.blocks import weight_of
-from campaign import SAMPLES, WINDOWS, load
+from aespa_nb.quantize.bit_allocation import allocate_bits, predicted_losses
+from common import SAMPLES, resume, rounded
 
-RESULTS = Path("nbs/runs/bits.json")
-KEYS = ("preset", "budget", "group_size", "seed", "how")
-
-
-def records() -> list[dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-
-
-def measure(reference, config, what: dict, **more) -> None:
-    "Quantizes, measures and adds a record."
-    model = copy.deepcopy(reference.model)
-    report = quantize_model(model, reference.calib, config)
-    scores = evaluate_model(model, reference.heldout[:WINDOWS], reference.model)
-    record = dict(**what, **scores._asdict(), bits_per_weight=report.bits_per_weight, **more)
-    new = RESULTS.with_suffix(".new")
-    new.write_text(json.dumps([*records(), record], indent=1))
-    new.replace(RESULTS)
-    print(*what.values(), f"KL {scores.kl:.4f}", flush=True)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--presets", nargs="+", default=["gptq", "best"])
+parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+parser.add_argument("--group-sizes", type=int, nargs="+", default=[0, 64], help="0: the whole row")
+parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3, 3.5, 4])
+args = parser.parse_args()
+reference = load_reference()
 
 
-def known(what: dict) -> bool:
-    "Whether this run is on record, here or in the campaign."
-    uniform = {(r["name"], r["bits"], r["group_size"], r["seed"]) for r in load() if r["group"] == "presets"}
-    here = {tuple(r[k] for k in KEYS) for r in records()}
-    return tuple(what.values()) in here or (what["how"] == "uniform" and tuple(what.values())[:4] in uniform)
+@functools.cache
+def predicted(config) -> dict:
+    "The losses that the rehearsal predicts, layer by layer."
+    return predicted_losses(reference.model, reference.calib, config)
 
 
-def work(reference, preset: str, group_size: int | None, seed: int, budgets: list[float]) -> None:
-    "All budgets of one preset."
-    config = AespaConfig.preset(preset, 3, group_size=group_size, seed=seed, samples=SAMPLES)
-    runs = [dict(preset=preset, budget=b, group_size=group_size, seed=seed, how="allocated") for b in budgets]
-    for what in (w | dict(how="uniform") for w in runs if w["budget"] % 1 == 0):
-        if not known(what):
-            measure(reference, replace(config, bits=int(what["budget"])), what)
-    runs = [what for what in runs if not known(what)]
-    losses = predicted_losses(reference.model, reference.calib, config) if runs else {}
-    sizes = {name: weight_of(reference.model, name).numel() for name in losses}
-    for what in runs:
-        bits = allocate_bits(losses, sizes, what["budget"])
-        predicted = sum(losses[name][b] for name, b in bits.items())
-        measure(reference, replace(config, keep=bits), what, predicted=predicted, bits=bits)
+@functools.cache
+def recipe(preset, group_size, seed):
+    return AespaConfig.preset(preset, 3, group_size=group_size, seed=seed, samples=SAMPLES)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["gptq", "best"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--group-sizes", type=int, nargs="+", default=[0, 64], help="0: the whole row")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3, 3.5, 4])
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    reference = load_reference()
-    for seed in args.seeds:
-        for group_size in args.group_sizes:
-            for preset in args.presets:
-                work(reference, preset, group_size or None, seed, args.budgets)
+def run(job):
+    config, more = recipe(job["preset"], job["group_size"], job["seed"]), {}
+    if job["how"] == "uniform":
+        config = replace(config, bits=int(job["budget"]))
+    else:
+        losses = predicted(config)
+        sizes = {name: weight_of(reference.model, name).numel() for name in losses}
+        bits = allocate_bits(losses, sizes, job["budget"])
+        more = dict(predicted=sum(losses[name][b] for name, b in bits.items()), bits=bits)
+        config = replace(config, keep=bits)
+    _, report, row = rounded(reference, config)
+    return dict(bits_per_weight=report.bits_per_weight, **more, **row)
 
 
-if __name__ == "__main__":
-    main()
+jobs = itertools.product(args.seeds, args.group_sizes, args.presets, ("uniform", "allocated"), args.budgets)
+keys = ("seed", "group_size", "preset", "how", "budget")
+jobs = [dict(zip(keys, (s, g or None, *rest))) for s, g, *rest in jobs if rest[1] == "allocated" or rest[2] % 1 == 0]
+resume("bits", jobs, run)

@@ -1,101 +1,69 @@
-"""Long measurements behind chapters 10 and 32: `make campaign`, hours on one core. Runs on record are not repeated.
+"""Hours on one core, for the chapters on ablations and on Kronecker losses: `make campaign`.
 
-Each run quantizes the bundled model on 64 calibration sequences, one CPU thread, and is measured on the first 128
-held-out windows. One JSON record per run goes to nbs/runs/campaign.json; the chapters draw their tables from there.
-`layers` compares the two solvers on the loss of every layer instead, in nbs/runs/layers.json; `precompute` times the
-same learning with the data in the loop and without, in nbs/runs/precompute.json.
+    python experiments/campaign.py ablations      parts of the recipe on and off; nbs/runs/campaign.json
+    python experiments/campaign.py layers         the two solvers on the loss of every layer; nbs/runs/layers.json
+    python experiments/campaign.py precompute     a learning step with the data and without; nbs/runs/precompute.json
 """
 
 import argparse
 import contextlib
-import copy
-import json
-import os
-import platform
+import functools
 import time
 from dataclasses import replace
-from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
-from aespa_nb.rounding.adaround import adaround
-from aespa_nb.quantize.model import block_losses
+from aespa_nb import AespaConfig, load_reference
+from aespa_nb.attention.block_error import AttentionBlock, refined_v_loss
 from aespa_nb.attention.forward import causal_mask, rope_cos_sin
+from aespa_nb.attention.kronecker_losses import AttentionStatistics
 from aespa_nb.model.capture import capturing
+from aespa_nb.model.statistics import block_losses
 from aespa_nb.model.stream import BlockStream
-from aespa_nb.quantize.journal import write_json
+from aespa_nb.rounding.adaround import adaround
 from aespa_nb.rounding.descent import descend
 from aespa_nb.rounding.gptq import gptq
 from aespa_nb.rounding.grid_search import fit_grid
-from aespa_nb.attention.kronecker_losses import AttentionStatistics
-from aespa_nb.attention.block_error import AttentionBlock, refined_v_loss
+from common import SAMPLES, resume, rounded, stamp
 
-RESULTS, LAYERS, PRECOMPUTE = (Path(f"nbs/runs/{name}.json") for name in ("campaign", "layers", "precompute"))
-SAMPLES, WINDOWS = 64, 128
-
-# (name, preset, changes): what the ablation chapter compares. The first six change objective and solver alone.
-ABLATIONS = [
-    *(
-        (f"{objective}, {solver}", "gptq", dict(objective=objective, solver=solver))
-        for objective in ("layer", "attention", "gauss-newton")
-        for solver in ("gptq", "descent")
-    ),
-    ("damping 0.05", "gptq", dict(objective="gauss-newton", solver="descent", damping=0.05)),
-    ("full-precision target", "gptq", dict(objective="gauss-newton", solver="descent", damping=0.05, correction=0.8)),
-    ("best", "best", {}),
-    ("best, layer-wise objective", "best", dict(objective="layer")),
-    ("best, the paper's objective", "best", dict(objective="attention")),
-    ("best, damping 0.01", "best", dict(damping=0.01)),
-    ("best, damping 0.1", "best", dict(damping=0.1)),
-    ("best, no target", "best", dict(correction=0.0)),
-    ("best, whole drift undone", "best", dict(correction=1.0)),
-    ("best, one start", "best", dict(starts=1)),
-    ("best, six starts", "best", dict(starts=6)),
-    ("best, Z-Fold", "best", dict(zfold=True)),
-    ("max", "max", {}),
-]
+SOLVED = dict(objective="gauss-newton", solver="descent")
+ABLATIONS = {  # name -> (preset, changes); the first six change objective and solver alone
+    **{f"{o}, {s}": ("gptq", dict(objective=o, solver=s)) for o in ("layer", "attention", "gauss-newton")
+       for s in ("gptq", "descent")},
+    "damping 0.05": ("gptq", dict(**SOLVED, damping=0.05)),
+    "full-precision target": ("gptq", dict(**SOLVED, damping=0.05, correction=0.8)),
+    "best": ("best", {}),
+    "best, layer-wise objective": ("best", dict(objective="layer")),
+    "best, the paper's objective": ("best", dict(objective="attention")),
+    "best, damping 0.01": ("best", dict(damping=0.01)),
+    "best, damping 0.1": ("best", dict(damping=0.1)),
+    "best, no target": ("best", dict(correction=0.0)),
+    "best, whole drift undone": ("best", dict(correction=1.0)),
+    "best, one start": ("best", dict(starts=1)),
+    "best, six starts": ("best", dict(starts=6)),
+    "best, Z-Fold": ("best", dict(zfold=True)),
+    "max": ("max", {}),
+}  # fmt: skip
 
 
-def plan():
-    "Runs in the order of their weight: (group, name, bits, group_size, seed, preset, changes)."
-    for seed in (0, 1):
-        yield from (("ablations", n, 2, None, seed, p, c) for n, p, c in ABLATIONS)
+def ablations(reference, args):
+    jobs = [dict(name=n, bits=b, seed=s) for s in args.seeds for b in args.bits or [2] for n in args.names or ABLATIONS]
+
+    def run(job):
+        preset, changes = ABLATIONS[job["name"]]
+        config = AespaConfig.preset(preset, job["bits"], seed=job["seed"], samples=SAMPLES, **changes)
+        return dict(preset=preset, changes=changes) | rounded(reference, config)[2]
+
+    resume("campaign", jobs, run)
 
 
-def load() -> list[dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-
-
-def save(record: dict) -> None:
-    "Adds a record: the file is written beside the old one, then takes its place."
-    write_json(RESULTS, [*load(), record])
-
-
-def run(reference, group, name, bits, group_size, seed, preset, changes) -> dict:
-    config = AespaConfig.preset(preset, bits, group_size=group_size, seed=seed, samples=SAMPLES, **changes)
-    model = copy.deepcopy(reference.model)
-    start = time.process_time()
-    report = quantize_model(model, reference.calib, config)
-    seconds = time.process_time() - start
-    scores = evaluate_model(model, reference.heldout[:WINDOWS], reference.model)
-    measured = dict(**scores._asdict(), cpu_seconds=seconds, peak_MiB=report.peak_bytes / 2**20)
-    versions = dict(torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads())
-    what = dict(group=group, name=name, bits=bits, group_size=group_size, seed=seed, preset=preset)
-    return dict(**what, changes=changes, **measured, **versions)
-
-
-def layer_losses(reference, seed: int = 0):
-    "The pre-computed losses of every layer of the full-precision model: (name, weight, loss)."
-    model = reference.model
-    config = AespaConfig.preset("aespa")
-    tokens = reference.calib[torch.randperm(len(reference.calib), generator=torch.Generator().manual_seed(seed))][:32]
-    with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, tokens, 1)) as stream:
+def layer_losses(reference, objective: str):
+    "The losses of every layer of the full-precision model: (name, weight, loss)."
+    model, order = reference.model, torch.randperm(len(reference.calib), generator=torch.Generator().manual_seed(0))
+    stream = BlockStream(model, reference.calib[order[:32]], 1)
+    with torch.no_grad(), capturing(model), contextlib.closing(stream):
         for i, block in enumerate(model.model.layers):
-            losses = block_losses(model, block, stream, config.objective).losses
-            for name, loss in losses.items():
-                yield f"{i}.{name}", block.get_submodule(name).weight, loss.damped(config.damping)
+            for name, loss in block_losses(model, block, stream, objective).losses.items():
+                yield f"{i}.{name}", block.get_submodule(name).weight, loss
             stream.run(block, keep=True)
 
 
@@ -105,10 +73,10 @@ def timed(f):
 
 
 @torch.no_grad()
-def compare(W, loss, bits: int) -> dict:
-    "What GPTQ, then AdaRound (2000 scales) and descent from there reach on one layer; `same_grid`: scales not refitted."
-    U, recipe = loss.split(W), AespaConfig.preset("aespa", bits)
-    grid = fit_grid(U, loss.H, bits)
+def solvers(W, loss, recipe) -> dict:
+    "What GPTQ, then AdaRound and descent from there reach on one layer; `same_grid`: scales not refitted."
+    U = loss.split(W)
+    grid = fit_grid(U, loss.H, recipe.bits)
     start = gptq(U, loss.H, grid)
     value = lambda codes: float(loss(grid.values(codes) - U))
     learn = lambda: adaround(U, grid, loss, start.W_comp, recipe.iterations, 0.015, loss_scale=recipe.loss_scale)
@@ -116,79 +84,51 @@ def compare(W, loss, bits: int) -> dict:
     free, descending = timed(lambda: descend(U, grid, loss.H, loss.G, start.codes))
     fixed = descend(U, grid, loss.H, loss.G, start.codes, refit=False)
     found = dict(gptq=value(start.codes), adaround=value(learned), same_grid=fixed.loss, descent=free.loss)
-    return found | dict(adaround_seconds=learning, descent_seconds=descending)
+    return found | dict(adaround_seconds=learning, descent_seconds=descending, made=stamp(recipe))
 
 
-def compare_solvers(reference, bits: int) -> None:
-    "Compares on every layer of the model; to nbs/runs/layers.json."
-    rows = []
-    for name, W, loss in layer_losses(reference):
-        rows.append(dict(layer=name, bits=bits, **compare(W, loss, bits)))
-        print(*(f"{v:.5g}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True)
-    kept = [r for r in json.loads(LAYERS.read_text()) if r["bits"] != bits] if LAYERS.exists() else []
-    write_json(LAYERS, kept + rows)
+def layers(reference, args):
+    for bits in args.bits or (2, 3):
+        recipe = AespaConfig.preset("aespa", bits)
+        for name, W, loss in layer_losses(reference, recipe.objective):
+            if not args.names or name in args.names:
+                run = functools.partial(solvers, W, loss.damped(recipe.damping), recipe)
+                resume("layers", [dict(layer=name, bits=bits)], lambda job, run=run: run())
 
 
-def learning_steps(reference, counts=(1, 2, 4, 8, 16, 32, 64), steps: int = 20) -> None:
-    "Seconds of one learning step of W_V in the first block: with the data, and with its matrix; to PRECOMPUTE."
+def precompute(reference, args, steps: int = 20):
+    "CPU seconds of an AdaRound step on W_V of the first block, on both forms of its loss, and of the statistics."
     block, config = reference.model.model.layers[0], reference.model.config
-    attention, rows = block.self_attn, []
-    weights = [getattr(attention, f"{x}_proj").weight.detach() for x in "qkvo"]
+    weights = [getattr(block.self_attn, f"{x}_proj").weight.detach() for x in "qkvo"]
     rope = tuple(t.float() for t in rope_cos_sin(256, config.head_dim))
-    counted = config.num_attention_heads, config.num_key_value_heads
-    heads = AttentionBlock(*weights, *counted, rope, causal_mask(256).float())
-    for n in counts:
+    n_heads, n_kv = config.num_attention_heads, config.num_key_value_heads
+    heads, W = AttentionBlock(*weights, n_heads, n_kv, rope, causal_mask(256).float()), weights[2]
+
+    def run(job):
         with torch.no_grad():
-            X = block.input_layernorm(reference.model.model.embed_tokens(reference.calib[:n])).mT.contiguous()
-        rows.append(dict(sequences=n, tokens=n * 256, **step_seconds(heads, X, weights[2], steps)))
-        print(*(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
-    write_json(PRECOMPUTE, rows)
+            tokens = reference.calib[: job["sequences"]]
+            X = block.input_layernorm(reference.model.model.embed_tokens(tokens)).mT.contiguous()
+        seen = heads(X)
+        statistics = AttentionStatistics(n_heads, n_kv, len(W) // n_kv, W.shape[1], None)
+        batches = zip(*(t.split(1) for t in (X, seen.Q, seen.K, seen.A)))
+        _, once = timed(lambda: [statistics.add(*batch) for batch in batches])
+        loss = statistics.losses()["v"]
+        grid = fit_grid(W, loss.H.mean(0), 2)
+        form = lambda dW: refined_v_loss(dW, X, seen.A, n_kv)
+        from_data, data = timed(lambda: adaround(W, grid, form, iterations=steps))
+        by_head = replace(grid, scale=grid.scale.view(n_kv, -1, 1), zero=grid.zero.view(n_kv, -1, 1))
+        from_matrix, matrix = timed(lambda: adaround(loss.split(W), by_head, loss, iterations=steps))
+        assert (from_data == from_matrix.view_as(from_data)).float().mean() > 0.99  # the same learning
+        return dict(tokens=tokens.numel(), data=data / steps, precomputed=matrix / steps, statistics=once)
 
-
-def step_seconds(heads, X, W, steps: int) -> dict:
-    "The same AdaRound scales on both forms of the V loss; CPU seconds of one scale, and of the statistics."
-    seen, n_kv = heads(X), heads.n_kv_heads
-    A = seen.A
-    form = lambda dW: refined_v_loss(dW, X, A, n_kv)
-    statistics = AttentionStatistics(heads.n_heads, n_kv, len(W) // n_kv, W.shape[1], None)
-    batches = zip(*(t.split(1) for t in (X, seen.Q, seen.K, A)))
-    _, once = timed(lambda: [statistics.add(*batch) for batch in batches])
-    loss = statistics.losses()["v"]
-    grid = fit_grid(W, loss.H.mean(0), 2)
-    from_data, data = timed(lambda: adaround(W, grid, form, iterations=steps))
-    split = loss.split(W)
-    by_head = replace(grid, scale=grid.scale.view(n_kv, -1, 1), zero=grid.zero.view(n_kv, -1, 1))
-    from_matrix, matrix = timed(lambda: adaround(split, by_head, loss, iterations=steps))
-    assert (from_data == from_matrix.view_as(from_data)).float().mean() > 0.99  # the same learning
-    return dict(data=data / steps, precomputed=matrix / steps, statistics=once)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("ablations", "layers", "precompute"))
-    parser.add_argument("--bits", type=int, nargs="+", help="only these")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
-    parser.add_argument("--names", nargs="+", help="only these")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    reference = load_reference()
-    if args.which == "layers":
-        for bits in args.bits or (2, 3):
-            compare_solvers(reference, bits)
-        return
-    if args.which == "precompute":
-        return learning_steps(reference)
-    keys = ("group", "name", "bits", "group_size", "seed")
-    for item in plan():
-        chosen = zip((item[2], item[4], item[1]), (args.bits, args.seeds, args.names))
-        if any(wanted and value not in wanted for value, wanted in chosen):
-            continue
-        if item[:5] in {tuple(r[k] for k in keys) for r in load()}:
-            continue
-        record = run(reference, *item)
-        save(record)
-        print(*item[:5], f"KL {record['kl']:.4f}  {record['cpu_seconds']:.0f} CPU s", flush=True)
+    resume("precompute", [dict(sequences=2**i) for i in range(7)], run)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("ablations", "layers", "precompute"))
+    parser.add_argument("--bits", type=int, nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--names", nargs="+", help="only these recipes, or layers")
+    args = parser.parse_args()
+    globals()[args.which](load_reference(), args)
