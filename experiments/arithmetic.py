@@ -60,4 +60,4 @@ if __name__ == "__main__":
     else:
         with tempfile.TemporaryDirectory() as folder:
             jobs = [dict(preset=p, bits=b, way=w) for p in ("gptq", "best") for b in (2, 3) for w in WAYS]
-            resume("arithmetic", jobs, measured)
+            resume("arithmetic", jobs, measured, whole=True)

@@ -25,14 +25,22 @@ def rows_of(name: str) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def resume(name: str, jobs, run) -> list[dict]:
-    "Runs the jobs (what tells rows apart) that are not on record, or stale there; `run(job)` gives what was found."
+def same(row: dict, job: dict) -> bool:
+    return all(row.get(k) == v for k, v in job.items())
+
+
+def resume(name: str, jobs, run, whole: bool = False) -> list[dict]:
+    """Runs the jobs (what tells rows apart) that are not on record, or stale there; `run(job)` gives what was found.
+
+    `whole`: these jobs are the whole record, and rows of others leave it.
+    """
+    jobs = list(jobs)
     for job in jobs:
-        same = lambda row, job=job: all(row.get(k) == v for k, v in job.items())
-        if any(same(row) and not stale(row) for row in rows_of(name)):
+        if any(same(row, job) and not stale(row) for row in rows_of(name)):
             continue
         row = {**job, "made": stamp(), **run(job)}
-        write_record(RUNS / f"{name}.json", [*(r for r in rows_of(name) if not same(r)), row])
+        kept = [r for r in rows_of(name) if not same(r, job) and (not whole or any(same(r, j) for j in jobs))]
+        write_record(RUNS / f"{name}.json", [*kept, row])
         shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items() if k != "made"}
         print(*(f"{k} {v}" for k, v in shown.items() if not isinstance(v, dict | list)), flush=True)
     return rows_of(name)

@@ -272,4 +272,4 @@ if __name__ == "__main__":
     elif args.names:
         print(*(row(name) for name in args.names), sep="\n")
     else:
-        resume("families", [dict(family=name) for name in FAMILIES], lambda job: row(job["family"]))
+        resume("families", [dict(family=name) for name in FAMILIES], lambda job: row(job["family"]), whole=True)

@@ -353,7 +353,7 @@ if __name__ == "__main__":
             return dict(verdicts=Counter(r["verdict"] for r in rows), said=sorted({r["said"] for r in rows}))
 
         if args.only is None:
-            rows = resume("hostile", [dict(kind=kind) for kind in KINDS], run)
+            rows = resume("hostile", [dict(kind=kind) for kind in KINDS], run, whole=True)
         else:
             rows = [run(dict(kind=kind)) for kind in KINDS if args.only in kind]
     sys.exit(any(verdict in BAD for row in rows for verdict in row["verdicts"]))

@@ -181,14 +181,17 @@ def judge(row: dict, rtn: dict) -> str:
 
 
 def all_presets(kind: str, name: str, presets) -> dict:
-    "One damaged model with each preset: {preset: verdict, error relative to round-to-nearest, what was said}."
-    rtn, found = one(kind, name, "rtn"), {}
+    "One damaged model with each preset: who came to which end, errors relative to round-to-nearest, what was said."
+    rtn = one(kind, name, "rtn")
+    ends, ratios, said = {}, {}, []
     for preset in presets:
         row = rtn if preset == "rtn" else one(kind, name, preset)
-        ratio = row["error"] / rtn["error"] if row.get("error") and rtn.get("error") else None
-        said = row.get("why") or "; ".join(row["notes"])[:160]
-        found[preset] = dict(verdict=judge(row, rtn), ratio=ratio, said=said)
-    return found
+        verdict = judge(row, rtn)
+        ends[verdict] = f"{ends.get(verdict, '')} {preset}".strip()
+        said.append(row.get("why") or "; ".join(row["notes"])[:160])
+        if row.get("error") and rtn.get("error"):
+            ratios[preset] = float(f"{row['error'] / rtn['error']:.4g}")
+    return dict(ends=ends, ratios=ratios, said=list(dict.fromkeys(filter(None, said))))
 
 
 if __name__ == "__main__":
@@ -200,8 +203,8 @@ if __name__ == "__main__":
     warnings.simplefilter("error", RuntimeWarning)
     hf.utils.logging.set_verbosity_error()
     jobs = [dict(model=kind, case=name) for kind in args.models for name in CASES if (args.only or "") in name]
-    run = lambda job: dict(presets=all_presets(job["model"], job["case"], args.presets))
+    run = lambda job: all_presets(job["model"], job["case"], args.presets)
     found = resume("torture", jobs, run) if args.only is None else [job | run(job) for job in jobs]
-    bad = [(r["model"], r["case"], p, x) for r in found for p, x in r["presets"].items() if x["verdict"] in BAD]
+    bad = [r for r in found if set(BAD) & set(r["ends"])]
     print(*(found if args.only else []), *bad, f"{len(found)} damaged models, {len(bad)} bad ends", sep="\n")
     sys.exit(bool(bad))
