@@ -45,5 +45,6 @@ if __name__ == "__main__":
             failed = count(r"\b(\d+) (?:failed|errors?)\b") or 1
             sys.exit(f"\nFAILED at step {i}: {title}\n\n{total['passed']} passed, {failed} failed")
     skipped = f", {total['skipped']} skipped" if total["skipped"] else ""
-    print(f"\nAll {len(STEPS)} steps passed in {(time.time() - start) / 60:.1f} minutes. Tests, cells and checks together:")
+    minutes = (time.time() - start) / 60
+    print(f"\nAll {len(STEPS)} steps passed in {minutes:.1f} minutes. Tests, cells and checks together:")
     print(f"{total['passed']} passed, 0 failed{skipped}")
