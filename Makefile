@@ -27,7 +27,6 @@ help:
 	@echo "  make torture          round damaged models with every preset (half an hour on a CPU)"
 	@echo "  make arithmetic       the same runs with other processors' arithmetic, for the chapter on faults (half an hour on a CPU)"
 	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"
-	@echo "  make plan-check       hold aespa_nb plan against real runs, for the chapter on planning a run (twenty minutes on an idle CPU)"
 	@echo "  make constraints      pin the versions that are installed now"
 	@echo "  make clean            remove what was built; .venv stays"
 
@@ -95,10 +94,6 @@ audit: $(RUN)
 	build/audit/bin/cyclonedx-py requirements build/audit/runtime.txt --pyproject pyproject.toml -o build/audit/sbom.json
 	@echo "The bill of materials is in build/audit/sbom.json"
 
-plan-check: $(DEV)
-	rm -f nbs/runs/plan.json
-	OMP_NUM_THREADS=1 $(PY) tools/check_plan.py
-
 constraints: $(DEV)
 	$(PY) tools/freeze.py
 	$(PY) tools/supply.py licences
@@ -116,4 +111,4 @@ $(DEV): $(RUN)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lab export notebooks train-reference campaign comparison plan-check faults torture hostile arithmetic audit constraints clean
+.PHONY: help demo test docs lab export notebooks train-reference campaign comparison faults torture hostile arithmetic audit constraints clean
