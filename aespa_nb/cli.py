@@ -46,7 +46,7 @@ from .experiments.plan import begun, plan_run, plan_text, run_trial, staged, try
 from .experiments.results import _row, _svg, compare_presets, results_table, write_results
 from .export.checkpoint import Exported, export_model, read_quantized, write_checkpoint
 from .export.formats import FORMATS, check_format
-from .model.checkpoint import load_model as load_checkpoint
+from .model.checkpoint import load_checkpoint
 from .model.team import ALONE, Team, joined, speaks_first
 from .plots import plot_layers, use_style
 from .quantize.bit_allocation import CHOICES, auto_bits, bits_text, check_budget

@@ -24,7 +24,7 @@ from aespa_nb.experiments.cost import (
     random_model,
     random_tokens,
 )
-from aespa_nb.model.checkpoint import load_model
+from aespa_nb.model.checkpoint import load_checkpoint
 from aespa_nb.model.memory import block_need, explaining_memory
 from aespa_nb.quantize.config import PRESETS
 from aespa_nb.rounding.hessian import Gram
@@ -117,7 +117,7 @@ def test_bad_input_is_refused():
 @pytest.mark.parametrize("preset", ["gptq", "best", "awq"])
 def test_an_estimate_is_what_happens(preset, tmp_path):
     small("llama").half().save_pretrained(tmp_path / "model")
-    model = load_model(str(tmp_path / "model"))[0]
+    model = load_checkpoint(str(tmp_path / "model"))[0]
     tokens, heldout = torch.randint(0, 64, (128, 32)), torch.randint(0, 64, (8, 32))
     config = AespaConfig.preset(preset, 4, iterations=40)
     before = [p.detach().clone() for p in model.parameters()]
