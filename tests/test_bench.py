@@ -101,7 +101,7 @@ def test_solver_flops(group_size):
     grid = minmax_grid(W, 2, group_size)
     products = counted(lambda: gptq(W, H, grid, block_size=4))
     assert 0 < products < gptq_work(24, 64).flops < 3 * products + 2 * 64**3
-    run = lambda: descend(W, grid, H, chains=0, backend="torch")
+    run = lambda: descend(W, grid, H, sweeps=(10, 0), backend="torch")
     assert 0.7 < counted(run) / descent_work(24, 64, len(run().losses) - 1).flops <= 1
     assert descent_work(24, 64, 10, needed=True).flops < adam_work(24, 64, 10).flops * 1.01
 
