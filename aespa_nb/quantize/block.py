@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attention.kronecker_losses import KroneckerLoss
 from ..errors import NumericalError, UnsupportedModelError
-from ..model.block_tuning import BlockTask, Rounded, block_error
+from ..model.block_tuning import BlockTask, block_error, write_rounded
 from ..model.blocks import kind_of, linears_of, weight_of, zeta_groups
 from ..model.memory import trim_memory
 from ..model.statistics import Part, block_losses, parts_of, stages_of, survey
@@ -26,6 +26,7 @@ from .config import METHODS, bits_of, resolve
 from .layer import LayerResult, _cut, _round_safely
 from ..rounding.grid import Grid, minmax_grid
 from ..rounding.hessian import damp
+from ..rounding.packing import RoundedWeight
 from ..rounding.target import full_precision_target
 from ..rounding.zfold import zfold
 
@@ -212,21 +213,22 @@ def _nearest(block, bits, config, prefix) -> dict[str, tuple[Grid, Tensor]]:
     return found
 
 
-def _put_nearest(block, nearest, kept) -> dict[str, Rounded]:
+def _put_nearest(block, nearest, kept) -> dict[str, RoundedWeight]:
     "Writes them into the block, and gives it back its other parameters as they were (`kept`)."
     for name, p in kept.items():
         block.get_parameter(name).copy_(p)
     for name, (_, W_hat) in nearest.items():
         block.get_submodule(name).weight.copy_(W_hat)
-    return {name: Rounded(grid, W_hat.new_ones(W_hat.shape[1])) for name, (grid, W_hat) in nearest.items()}
+    return {name: RoundedWeight.of(grid.codes(W_hat), grid) for name, (grid, W_hat) in nearest.items()}
 
 # %% ../../nbs/quantize/63_block.ipynb #c14whol3
-def _whole(model, block, bits, stream, target, config, announce, notes) -> tuple[dict[str, Rounded], float]:
+def _whole(model, block, bits, stream, target, config, announce, notes) -> tuple[dict[str, RoundedWeight], float]:
     "What the configured method makes of the block, and the error that it leaves: NaN where it fails, with a note."
     given = {k: getattr(config, k) for k in ("group_size", "symmetric", "iterations", "lr", "seed")}
     try:
         task = BlockTask(model, block, bits, stream, target, announce=announce, **given)
         rounded = resolve(METHODS, config.method)(task) if bits else {}
+        write_rounded(block, rounded)
         _check_weights(block, bits, model.dtype)
         return rounded, block_error(block, stream, target)
     except (NumericalError, torch.linalg.LinAlgError) as e:

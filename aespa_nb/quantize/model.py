@@ -35,6 +35,7 @@ from .journal import Journal, fingerprint, open_journal
 from .layer import LayerResult, round_layer
 from .report import QuantReport, _measuring_memory, progress_bar, config_fields
 from ..rounding.grid import Grid, grouped
+from ..rounding.packing import RoundedWeight
 
 # %% ../../nbs/quantize/65_model.ipynb #c514662f
 @functools.cache
@@ -203,13 +204,12 @@ def _quantize_blocks(model, inputs, shares, device, report, bar, journal) -> Non
 # %% ../../nbs/quantize/65_model.ipynb #c14visit
 def _tune(block, results, streams, config) -> list[str]:
     "Fits scales and norm weights to the full-precision output of the block, which `streams[1]` holds; notes."
-    move = lambda grid, device: replace(grid, scale=grid.scale.to(device), zero=grid.zero.to(device))
     modules = {n: r for n, r in results.items() if isinstance(dict(block.named_modules()).get(n), nn.Linear)}
-    grids = {name: move(r.grid, streams[0].device) for name, r in modules.items()}
-    tuned, _ = tune_scales(block, grids, streams[0], streams[1].hidden, config.tuning, seed=config.seed)
+    records = {n: RoundedWeight.of(r.codes, r.grid, r.zeta) for n, r in modules.items()}
+    tuned, _ = tune_scales(block, records, streams[0], streams[1].hidden, config.tuning, seed=config.seed)
     for name, r in modules.items():
-        r.grid = move(tuned[name], "cpu")
-    return ["tuning did not lower the block's error and was dropped"] if tuned is grids else []
+        r.grid = tuned[name].grid
+    return ["tuning did not lower the block's error and was dropped"] if tuned is records else []
 
 
 def _new_block(model, block, streams, config, announce, prefix) -> tuple[dict[str, LayerResult], dict]:
