@@ -106,7 +106,7 @@ def column_prices(
     H: Float[Tensor, "*heads inp inp"],  # damped, positive definite
     act_order: bool = True,  # as in `gptq`
 ) -> Float[Tensor, "*heads inp"]:  # 1 / U_jj^2, in the order of the columns of `H`
-    "What a squared rounding error in each column finally costs in `gptq`, all answers included."
+    "What a squared rounding error in each column finally costs in `gptq`, all compensation included."
     shape, H = H.shape[:-1], H.reshape(-1, *H.shape[-2:])
     order = processing_order(H, act_order)
     diag = ordered_factor(H, order).diagonal(dim1=-2, dim2=-1)
