@@ -44,7 +44,7 @@ docs: $(DEV)
 	@echo "Open docs/_build/html/index.html"
 
 lab: $(DEV)
-	MATPLOTLIBRC=$(CURDIR)/tools/matplotlibrc $(PY) -m jupyterlab --notebook-dir=nbs --LabApp.default_url=/lab/tree/tour.ipynb $(ARGS)
+	MATPLOTLIBRC=$(CURDIR)/tools/matplotlibrc $(PY) -m jupyterlab --notebook-dir=nbs --LabApp.default_url=/lab/tree/start/00_tour.ipynb $(ARGS)
 
 export: $(DEV)
 	.venv/bin/nbdev_export

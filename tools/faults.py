@@ -27,7 +27,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from aespa_nb.cli import load_model, main
+from aespa_nb import load_model
+from aespa_nb.cli import main
 from aespa_nb.quantize.journal import UNFINISHED, unfinished_config, write_json
 from rich.progress import track
 from transformers import LlamaConfig, LlamaForCausalLM

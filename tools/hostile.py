@@ -27,7 +27,8 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 
 import torch  # noqa: E402
-from aespa_nb.cli import load_model, main  # noqa: E402
+from aespa_nb import load_model  # noqa: E402
+from aespa_nb.cli import main  # noqa: E402
 from aespa_nb.model.memory import resident  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
