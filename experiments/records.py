@@ -30,8 +30,8 @@ OWNERS = {  # record -> the commands that make it, as words behind `python`
         "kills --count 300", "kills --count 100 --ranks 2", "disk --count 30")],
     **{name: [[f"{HERE}/{name}.py"]] for name in RESUMES[:6]},
     "plan": [["tools/check_plan.py"]],
-    "scale": [["tools/scale.py"]],
-    "loading": [["tools/big_checkpoint.py", "build/big", "--write"]],
+    "scale": [[f"{HERE}/scale.py"]],
+    "loading": [[f"{HERE}/peak_memory.py", "build/big"]],
     "cost": [],  # the chapter on cost says how
     "peers": [],  # each needs an environment of its own: experiments/peers/run.py
 }  # fmt: skip
