@@ -1,6 +1,9 @@
 """Small random models that several tests share."""
 
 import torch
+from aespa_nb.attention.block_error import AttentionBlock
+from aespa_nb.attention.forward import causal_mask, rope_cos_sin, rope_matrices
+from aespa_nb.attention.kronecker_losses import AttentionStatistics
 from aespa_nb.model.blocks import stacks_of
 from transformers import (
     BloomConfig,
@@ -30,3 +33,24 @@ def small(kind="llama", dtype=torch.float32):
     for p in model.get_submodule(stacks_of(model)[0]).parameters():
         p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
     return model
+
+
+def attention_module(seed, kv=2, group=2, d=4, inp=6, tok=5, seqs=4, rotated=True, scaling=None):
+    "A random attention module in double precision, its inputs `[seqs inp tok]`, and a change of its `W_q`."
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    rows = kv * group * d, kv * d, kv * d
+    W, W_o = [draw(r, inp) / 2 for r in rows], draw(inp, rows[0])
+    rope = rope_cos_sin(tok, d) if rotated else None
+    block = AttentionBlock(*W, W_o, kv * group, kv, rope, causal_mask(tok), scaling)
+    return block, draw(seqs, inp, tok), draw(*W[0].shape)
+
+
+def statistics_of(kind, block, X, sizes, **options):
+    "Statistics of the class `kind` of all sequences, in batches of the given sizes; and what the block computed."
+    seen, R = block(X), rope_matrices(*block.rope) if block.rope else None
+    shape = block.n_heads, block.n_kv_heads, len(block.W_q) // block.n_heads, X.shape[1]
+    stats = kind(*shape, R, **{"dtype": X.dtype} | options)
+    for X_i, Q, K, V, A in zip(*(v.split(sizes) for v in (X, seen.Q, seen.K, seen.V, seen.A))):
+        stats.add(X_i, Q, K, *([V] if kind is not AttentionStatistics else []), A)
+    return stats, seen

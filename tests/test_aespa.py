@@ -11,8 +11,7 @@ import torch
 from aespa_nb import AespaConfig, AespaError, QuantReport, quantize_model
 from aespa_nb.quantize.config import PRESETS
 from aespa_nb.quantize.layer import round_layer
-from aespa_nb.quantize.model import block_losses
-from aespa_nb.quantize.report import report_json
+from aespa_nb.model.statistics import block_losses
 from aespa_nb.model.capture import capturing, capture_attention
 from aespa_nb.model.stream import BlockStream
 from aespa_nb.rounding.hessian import quadratic_loss
@@ -58,7 +57,7 @@ def test_every_preset_on_every_kind(kind, preset):
     assert set(report.layers) == linears
     for name, r in report.layers.items():
         assert r.codes.max() <= 7
-        assert torch.allclose(r.grid.values(r.codes.float()) * r.zeta, model.get_submodule(name).weight, atol=1e-6)
+        assert torch.equal(r.weight(), model.get_submodule(name).weight)
         assert not torch.equal(before[name + ".weight"], model.get_submodule(name).weight)
     tuned = {k for k in before if "norm" in k and k.endswith("weight") and report.config.tuning}
     untouched = {k for k in before if k.removesuffix(".weight") not in linears} - tuned
@@ -72,7 +71,7 @@ def test_zeta_is_part_of_the_weight(kind):
     report = quantize_model(model, TOKENS, quick("gptq", zfold=True))
     assert any((r.zeta != 1).any() for r in report.layers.values())
     for name, r in report.layers.items():
-        assert torch.allclose(r.grid.values(r.codes.float()) * r.zeta, model.get_submodule(name).weight, atol=1e-6)
+        assert torch.equal(r.weight(), model.get_submodule(name).weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,8 +104,8 @@ def test_batch_size_changes_nothing_but_rounding_errors():
 def test_groups_and_symmetric_grids(group_size, symmetric):
     report = quantize_model(build("llama"), TOKENS, quick(group_size=group_size, symmetric=symmetric))
     for r in report.layers.values():
-        inp = r.weight.shape[1]
-        assert r.grid.scale.shape == (r.weight.shape[0], 1 if group_size is None else inp // group_size)
+        out, inp = r.shape
+        assert r.grid.scale.shape == (out, 1 if group_size is None else inp // group_size)
         assert not symmetric or (r.grid.zero == 4).all()
 
 
@@ -115,9 +114,8 @@ def test_half_precision_models_keep_their_dtype_and_their_codes(dtype):
     model = build("llama").to(dtype)
     report = quantize_model(model, TOKENS, quick("aespa", bits=4))
     assert {p.dtype for p in model.parameters()} == {dtype}
-    for r in report.layers.values():
-        weight = r.grid.values(r.codes.float()) * r.zeta
-        assert torch.equal(weight.to(dtype), r.weight)
+    for name, r in report.layers.items():
+        assert torch.equal(r.weight().to(dtype), model.get_submodule(name).weight)
 
 
 def test_attention_and_training_mode_are_put_back():
@@ -147,14 +145,14 @@ def test_losses_of_a_layer_are_its_output_error():
 def test_round_layer_reports_the_loss_it_reaches():
     W, H = torch.randn(8, 16), torch.eye(16)
     zeta = torch.linspace(0.5, 2, 16)
-    W_hat, grid, rtn, loss = round_layer(W, KroneckerLoss(H), zeta, quick("gptq"))
-    assert loss == pytest.approx(float(quadratic_loss(W_hat - W, H)), rel=1e-4)
-    assert torch.allclose(grid.round(W_hat / zeta) * zeta, W_hat, atol=1e-6)
+    r = round_layer(W, KroneckerLoss(H), quick("gptq"), zeta)
+    assert r.loss == pytest.approx(float(quadratic_loss(r.weight() - W, H)), rel=1e-4)
+    assert torch.equal(r.zeta, zeta) and r.loss < r.loss_rtn
 
 
 def test_report_is_plain_json():
     report = quantize_model(build("llama"), TOKENS, quick("rtn"))
-    assert isinstance(report, QuantReport) and '"bits": 3' in report_json(report)
+    assert isinstance(report, QuantReport) and '"bits": 3' in report.to_json()
     assert 3 < report.bits_per_weight < 6
 
 
@@ -215,6 +213,7 @@ BAD_FIELDS = [
     dict(correction=1.5),
     dict(tuning=-1),
     dict(starts=7),
+    dict(iteration=3),
     dict(keep={"down_proj": 1}),
     dict(keep={"down_proj": 12}),
 ]

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_what_is_heard_is_what_happens(name):
+def test_what_is_captured_is_what_happens(name):
     model, data = families.build(name).double(), families.inputs(name, 3)
     data = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
     assert families.reproduction(model, data) < 1e-5

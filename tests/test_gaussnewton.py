@@ -6,35 +6,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from aespa_nb.attention.forward import causal_mask, repeat_kv, rope_cos_sin, rope_matrices, rotate, split_heads
+from aespa_nb.attention.block_error import AttentionBlock, moved
+from aespa_nb.attention.forward import repeat_kv, rope_matrices, rotate, split_heads
 from aespa_nb.attention.gauss_newton import GaussNewtonStatistics, output_change, output_metric
 from aespa_nb.errors import AespaError, NumericalError
-from aespa_nb.attention.block_error import AttentionBlock, moved
+from models import attention_module, statistics_of
 
 few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 float64 = torch.float64
 
 
-def module(seed, kv=2, group=2, d=4, inp=6, tok=7, seqs=4, rotated=True, scaling=None):
-    "A random attention module and its inputs."
-    g = torch.Generator().manual_seed(seed)
-    rows = kv * group * d, kv * d, kv * d
-    W = [torch.randn(r, inp, generator=g, dtype=float64) / 2 for r in rows]
-    W_o = torch.randn(inp, rows[0], generator=g, dtype=float64)
-    rope = rope_cos_sin(tok, d) if rotated else None
-    block = AttentionBlock(*W, W_o, kv * group, kv, rope, causal_mask(tok), scaling)
-    return block, torch.randn(seqs, inp, tok, generator=g, dtype=float64)
+def module(seed, kv=2, group=2, tok=7, **options):
+    return attention_module(seed, kv, group, tok=tok, **options)[:2]
 
 
-def collect(block, X, sizes, dtype=float64, **options):
-    "Statistics of all sequences, in batches of the given sizes."
-    seen, d = block(X), block.W_q.shape[0] // block.n_heads
-    R = rope_matrices(*block.rope) if block.rope else None
-    options = {"scaling": block.scaling} | options
-    stats = GaussNewtonStatistics(block.n_heads, block.n_kv_heads, d, X.shape[1], R, dtype=dtype, **options)
-    for batch in zip(*(v.split(sizes) for v in (X, seen.Q, seen.K, seen.V, seen.A))):
-        stats.add(*batch)
-    return stats, seen
+def collect(block, X, sizes, **options):
+    return statistics_of(GaussNewtonStatistics, block, X, sizes, **{"scaling": block.scaling} | options)
 
 
 @few
@@ -92,10 +79,7 @@ def test_streamed_in_any_batches_and_any_tiles(seed, sizes, stride, coarse, rota
     class Small(GaussNewtonStatistics):
         budget = 60
 
-    other = Small(4, 2, 4, 6, one.rotation, dtype=float64, **options)
-    seen = block(X)
-    for batch in zip(*(v.split([*sizes, 1]) for v in (X, seen.Q, seen.K, seen.V, seen.A))):
-        other.add(*batch)
+    other, _ = statistics_of(Small, block, X, [*sizes, 1], **options)
     for a, b in zip(one.losses().values(), other.losses().values()):
         assert_close(a.H, b.H, rtol=1e-10, atol=1e-12)
         assert a.G is None or torch.allclose(a.G, b.G, rtol=1e-10, atol=1e-12)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from aespa_nb.model.checkpoint import load_model
+from aespa_nb.model.checkpoint import load_checkpoint as load_model
 from aespa_nb.errors import AespaError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -19,7 +19,7 @@ from aespa_nb.model.stream import BlockStream
 from aespa_nb.cli import main
 from aespa_nb.export.checkpoint import export_model, write_checkpoint
 from aespa_nb.attention.gauss_newton import GaussNewtonStatistics, out_of_memory
-from aespa_nb.model.checkpoint import load_model
+from aespa_nb.model.checkpoint import load_checkpoint as load_model
 from aespa_nb.model.memory import block_need, explaining_memory
 from aespa_nb.errors import UnsupportedModelError
 from aespa_nb.experiments.plan import (

@@ -7,34 +7,18 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aespa_nb.attention.forward import causal_mask, rope_cos_sin, rope_matrices
-from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.attention.block_error import refined_v_loss
+from aespa_nb.attention.forward import rope_cos_sin, rope_matrices
 from aespa_nb.attention.kronecker_losses import AttentionStatistics, KroneckerLoss, mean_rotated
-from aespa_nb.attention.block_error import AttentionBlock, refined_v_loss
+from aespa_nb.errors import AespaError, NumericalError
+from models import attention_module, statistics_of
 
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 float64 = torch.float64
 
 
-def module(seed, kv=2, group=2, d=4, inp=6, tok=5, seqs=4, rotated=True):
-    "A random attention module and its inputs."
-    g = torch.Generator().manual_seed(seed)
-    rows = kv * group * d, kv * d, kv * d
-    W = [torch.randn(r, inp, generator=g, dtype=float64) for r in rows]
-    rope = rope_cos_sin(tok, d) if rotated else None
-    block = AttentionBlock(*W, torch.zeros(inp, rows[0], dtype=float64), kv * group, kv, rope, causal_mask(tok))
-    X, dW = (torch.randn(*s, generator=g, dtype=float64) for s in ((seqs, inp, tok), W[0].shape))
-    return block, X, dW
-
-
-def collect(block, X, sizes, dtype=float64):
-    "Statistics of all sequences, in batches of the given sizes."
-    seen, d = block(X), block.W_q.shape[0] // block.n_heads
-    R = rope_matrices(*block.rope) if block.rope else None
-    stats = AttentionStatistics(block.n_heads, block.n_kv_heads, d, X.shape[1], R, dtype=dtype)
-    for batch in zip(*(v.split(sizes) for v in (X, seen.Q, seen.K, seen.A))):
-        stats.add(*batch)
-    return stats, seen
+def collect(block, X, sizes):
+    return statistics_of(AttentionStatistics, block, X, sizes)
 
 
 @few
@@ -42,7 +26,7 @@ def collect(block, X, sizes, dtype=float64):
 def test_statistics_in_any_batches_are_sums_over_tokens(seed, kv, group, rotated, sizes):
     "Every matrix, token by token and head by head."
     seqs = sum(sizes) + 1
-    block, X, _ = module(seed, kv, group, seqs=seqs, rotated=rotated)
+    block, X, _ = attention_module(seed, kv, group, seqs=seqs, rotated=rotated)
     stats, seen = collect(block, X, [*sizes, 1])
     H, n = torch.zeros(6, 6, dtype=float64), seqs * 5
     kk, qq, hv = (torch.zeros(kv, s, s, dtype=float64) for s in (4, 4, 6))
@@ -92,7 +76,7 @@ def test_kronecker_loss_is_the_quadratic_form_of_the_kronecker_product(seed, bat
 @given(st.integers(0, 99))
 def test_q_loss_is_a_mean_over_all_inputs_keys_and_rotations(seed):
     "What the independence assumption means, by loops."
-    block, X, dW = module(seed, kv=1, group=1, d=4, tok=3, seqs=2)
+    block, X, dW = attention_module(seed, kv=1, group=1, d=4, tok=3, seqs=2)
     stats, seen = collect(block, X, [2])
     tokens, keys = X.transpose(0, 1).flatten(1).T, seen.K[:, 0].transpose(0, 1).flatten(1).T
     triples = [(k @ r @ dW @ x) ** 2 for r in rope_matrices(*block.rope) for x in tokens for k in keys]
@@ -100,7 +84,7 @@ def test_q_loss_is_a_mean_over_all_inputs_keys_and_rotations(seed):
 
 
 def test_v_loss_keeps_value_and_gradient_of_the_data_form():
-    block, X, dW = module(0)
+    block, X, dW = attention_module(0)
     stats, seen = collect(block, X, [3, 1])
     d = dW[:8].clone().requires_grad_()
     ours, data = stats.losses()["v"](d), refined_v_loss(d, X, seen.A, 2)
@@ -144,7 +128,7 @@ def test_mean_rotated_keeps_trace_and_symmetry_and_takes_any_heads():
 
 
 def test_half_precision_activations_are_summed_in_single():
-    block, X, _ = module(1)
+    block, X, _ = attention_module(1)
     seen = block(X)
     stats = AttentionStatistics(4, 2, 4, 6, rope_matrices(*block.rope))
     stats.add(*(v.half() for v in (X, seen.Q, seen.K, seen.A)))

@@ -18,8 +18,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from big_checkpoint import write_shards
 from transformers import AutoTokenizer, LlamaConfig
+
+sys.path.append("experiments")
+from peak_memory import write_shards  # noqa: E402
 
 STORED = Path("nbs/runs/plan.json")
 PRESETS = ("rtn", "gptq", "aespa", "best", "max")

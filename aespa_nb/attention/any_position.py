@@ -10,17 +10,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .gauss_newton import softmax_covariances, strided, pair_weights
+from .gauss_newton import pair_weights, softmax_covariances, strided
 from .kronecker_losses import KroneckerLoss, add_attended
 from ..errors import AespaError
 from ..notation import Hessian
 from ..rounding.hessian import one_thread
 
 # %% ../../nbs/attention/24_any_position.ipynb #2fde269c
-def _pulled(T, y, z, rows):
+def _pull_back(T, y, z, rows):
     "`J^T z` at every token: `[batch tok heads rows]`, of the rows that belong to each head."
     (g,) = torch.autograd.grad(T, y, z, retain_graph=True)
     return g.reshape(len(T), -1, g.shape[-1])[..., rows]
+
+
+def _add_square(total, g):
+    "Adds `sum g g^T` over batch and tokens, head by head: `[heads rows rows]`."
+    total += torch.einsum("bthd,bthe->hde", g, g)
 
 
 def _root(M):
@@ -29,23 +34,13 @@ def _root(M):
         values, vectors = torch.linalg.eigh(M)
     return vectors * values.clamp(min=0).sqrt()[..., None, :]
 
-
-def _add_squares(total, g):
-    "Adds `sum g g^T` over batch and tokens, head by head."
-    total += torch.einsum("bthd,bthe->hde", g, g)
-
 # %% ../../nbs/attention/24_any_position.ipynb #b580af71
-def _add_plain(total, T, y, rows, M) -> None:
-    "Adds `sum_m J_m^T M J_m`: the same matrix `M` [batch heads d d] at every position."
-    roots = _root(M)
-    for column in roots.unbind(-1):
-        z = column[..., None].expand(T.shape)
-        _add_squares(total, _pulled(T, y, z.contiguous(), rows))
-
-
-def _second_moment(T, heads):
-    "`E[t t^T]` over tokens, mean within groups: `[batch heads d d]`."
-    return (T @ T.mT / T.shape[-1]).unflatten(1, (heads, -1)).mean(2)
+def _add_attention(total, T, y, rows, other, n_kv_heads) -> None:
+    "Adds `sum_m J_m^T M J_m` of the queries (or keys) `T`; M is the second moment of the keys (or queries) `other`."
+    M = (other @ other.mT / other.shape[-1]).unflatten(1, (n_kv_heads, -1)).mean(2)  # [batch kv d d], mean over a group
+    for column in _root(M.repeat_interleave(T.shape[1] // n_kv_heads, 1)).unbind(-1):
+        z = column[..., None].expand(T.shape).contiguous()
+        _add_square(total, _pull_back(T, y, z, rows))
 
 # %% ../../nbs/attention/24_any_position.ipynb #e73cf8a6
 def _add_gauss_newton_q(total, Q, K, V, A, y, rows, at, metric) -> None:
@@ -57,34 +52,30 @@ def _add_gauss_newton_q(total, Q, K, V, A, y, rows, at, metric) -> None:
     for row in C.unbind(-2):
         z = torch.zeros_like(Q)
         z[..., at] = row.mT
-        _add_squares(total, _pulled(Q, y, z, rows)[:, at])
+        _add_square(total, _pull_back(Q, y, z, rows)[:, at])
 
 # %% ../../nbs/attention/24_any_position.ipynb #195281a9
-def _add_gauss_newton_k(s, Q, K, V, A, X, y, rows, at, metric) -> None:
-    "Adds to `s.gk`, `s.hk` and `s.trace`: `J_j^T q_m q_m^T J_j` with the weights of all pairs (m, j)."
-    group, at = Q.shape[1] // K.shape[1], at.tolist()
-    W = [pair_weights(*_of_group(g, group, A, V, metric, at)) for g in range(K.shape[1])]
+def _add_gauss_newton_k(sums, Q, K, V, A, X, y, rows, at, metric) -> None:
+    "Adds `J_j^T q_m q_m^T J_j` with the weights of all pairs (m, j) to `sums`: of G, of H, of the trace of the whole."
+    gk, hk, trace = sums
+    n_kv_heads, group, W = K.shape[1], Q.shape[1] // K.shape[1], []
+    for g in range(n_kv_heads):  # probabilities, values and metric of the heads that share a KV head
+        heads = slice(g * group, g * group + group)
+        W.append(pair_weights(A[:, heads, at].to(V), V[:, g], None if metric is None else metric[heads]))
     W = torch.stack(W, 1).clamp(min=0).sqrt()  # [batch kv group queries keys]
     X2 = X.square().sum(1)
     for i in range(group):
-        for k, m in enumerate(at):
-            z = W[:, :, i, k, None] * Q[:, i::group, :, m, None]
-            g = _pulled(K, y, z, rows)
-            _add_squares(s.gk, g)
+        for k, m in enumerate(at.tolist()):
+            g = _pull_back(K, y, W[:, :, i, k, None] * Q[:, i::group, :, m, None], rows)
+            _add_square(gk, g)
             per_key = g.square().sum(-1)  # [batch keys kv]
-            s.trace += (per_key * X2[..., None]).sum((0, 1))
-            for total, w in zip(s.hk, per_key.unbind(-1)):
+            trace += (per_key * X2[..., None]).sum((0, 1))
+            for total, w in zip(hk, per_key.unbind(-1)):
                 total.addmm_((X * w[:, None]).movedim(1, 0).flatten(1), X.movedim(1, 0).flatten(1).T)
 
-
-def _of_group(g, group, A, V, metric, at):
-    "Probabilities, values and metric of the heads that share KV head `g`."
-    heads = slice(g * group, g * group + group)
-    return A[:, heads, at].to(V), V[:, g], None if metric is None else metric[heads]
-
 # %% ../../nbs/attention/24_any_position.ipynb #43244637
-class _MeasuredSums:
-    "Running sums over calibration tokens for one attention call."
+class MeasuredStatistics:
+    "Streaming statistics of one attention call with measured position maps, and the losses made of them."
 
     SUMS = "gq", "gk", "hk", "hv", "trace", "queries", "tokens", "keys"  # what adds up
 
@@ -108,45 +99,6 @@ class _MeasuredSums:
         self.gq, self.gk, self.hk, self.hv = square("q"), square("k"), weighted("k"), weighted("v")
         self.trace = zeros(len(rows.get("k", ())))
 
-# %% ../../nbs/attention/24_any_position.ipynb #d1af2ccf
-def _add_role(s, role, Q, K, V, A, X, y) -> None:
-    "One batch's part in the sums of `role`."
-    rows = s.rows[role]
-    at = strided(Q.shape[-1], s.stride)
-    if role == "v":
-        add_attended(s.hv, X["v"].to(s.hv), A)
-    elif s.objective == "attention":
-        T, total, other = (Q, s.gq, K) if role == "q" else (K, s.gk, Q)
-        M = _second_moment(other.detach(), K.shape[1])
-        group = T.shape[1] // K.shape[1]
-        _add_plain(total, T, y[role], rows, M.repeat_interleave(group, 1))
-    elif role == "q":
-        _add_gauss_newton_q(s.gq, Q, K.detach(), V, A, y["q"], rows, at, s.metric)
-    else:
-        _add_gauss_newton_k(s, Q.detach(), K, V, A, X["k"].to(s.hk), y["k"], rows, at, s.metric)
-
-# %% ../../nbs/attention/24_any_position.ipynb #d6c0e846
-def _pair(s) -> KroneckerLoss:
-    "The pair of k in Gauss-Newton: its trace is that of the sum that it stands for."
-    trace = lambda M: M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[:, None, None]
-    size = s.trace[:, None, None] * (s.scaling**2 / s.queries / s.group)
-    return KroneckerLoss(s.hk / trace(s.hk) * size, s.gk / trace(s.gk))
-
-
-def _measured_loss(s, role, H) -> KroneckerLoss:
-    "The loss of one role."
-    plain = s.objective == "attention"
-    if role == "q":
-        return KroneckerLoss(H["q"], s.gq * (1 / s.tokens if plain else s.scaling**2 / s.queries))
-    if role == "k":
-        return KroneckerLoss(H["k"], s.gk / s.keys) if plain else _pair(s)
-    metric = None if plain or s.metric is None else s.metric.unflatten(0, (len(s.hv), -1)).mean(1)
-    return KroneckerLoss(s.hv / s.tokens, metric)
-
-# %% ../../nbs/attention/24_any_position.ipynb #8fb65e54
-class _Adding(_MeasuredSums):
-    "How batches come in."
-
     @torch.no_grad()
     def add(
         self,
@@ -158,19 +110,38 @@ class _Adding(_MeasuredSums):
         y: dict[str, Float[Tensor, "batch tok out"]],  # outputs of the linears of q and k
     ) -> None:
         "Adds one batch."
+        rows, V, plain, at = self.rows, V.detach(), self.objective == "attention", strided(Q.shape[-1], self.stride)
+        if "q" in rows and plain:
+            _add_attention(self.gq, Q, y["q"], rows["q"], K.detach(), K.shape[1])
+        elif "q" in rows:
+            _add_gauss_newton_q(self.gq, Q, K.detach(), V, A, y["q"], rows["q"], at, self.metric)
+        if "k" in rows and plain:
+            _add_attention(self.gk, K, y["k"], rows["k"], Q.detach(), K.shape[1])
+        elif "k" in rows:
+            sums, X_k = (self.gk, self.hk, self.trace), X["k"].to(self.hk)
+            _add_gauss_newton_k(sums, Q.detach(), K, V, A, X_k, y["k"], rows["k"], at, self.metric)
+        if "v" in rows:
+            add_attended(self.hv, X["v"].to(self.hv), A)
         self.group = Q.shape[1] // K.shape[1]
-        for role in self.rows:
-            _add_role(self, role, Q, K, V.detach(), A, X, y)
-        self.queries += len(Q) * len(strided(Q.shape[-1], self.stride))
+        self.queries += len(Q) * len(at)
         self.tokens += len(Q) * Q.shape[-1]
         self.keys += len(K) * K.shape[-1]
-
-# %% ../../nbs/attention/24_any_position.ipynb #a78ab74d
-class MeasuredStatistics(_Adding):
-    "Streaming statistics of one attention call with measured position maps, and the losses made of them."
 
     def losses(self, H: dict[str, Hessian]) -> dict[str, KroneckerLoss]:
         "Losses of the roles wanted; `H` has E[x x^T] of the linears of q and k. Raises `AespaError` without tokens."
         if not self.tokens:
             raise AespaError("no tokens were added: pass calibration data")
-        return {role: _measured_loss(self, role, H) for role in self.rows}
+        plain, losses = self.objective == "attention", {}
+        if "q" in self.rows:
+            mean = 1 / self.tokens if plain else self.scaling**2 / self.queries
+            losses["q"] = KroneckerLoss(H["q"], self.gq * mean)
+        if "k" in self.rows and plain:
+            losses["k"] = KroneckerLoss(H["k"], self.gk / self.keys)
+        elif "k" in self.rows:
+            trace = lambda M: M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[:, None, None]
+            size = self.trace[:, None, None] * (self.scaling**2 / self.queries / self.group)
+            losses["k"] = KroneckerLoss(self.hk / trace(self.hk) * size, self.gk / trace(self.gk))
+        if "v" in self.rows:
+            metric = None if plain or self.metric is None else self.metric.unflatten(0, (len(self.hv), -1)).mean(1)
+            losses["v"] = KroneckerLoss(self.hv / self.tokens, metric)
+        return losses

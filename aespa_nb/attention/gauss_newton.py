@@ -16,6 +16,7 @@ from torch import Tensor
 from .forward import Rotations, attention_output, rotate, split_heads
 from .kronecker_losses import AttentionSums, KroneckerLoss, add_attended, check_heads
 from ..errors import AespaError
+from ..notation import Hessian
 from ..rounding.hessian import sum_all
 
 # %% ../../nbs/attention/23_gauss_newton.ipynb #4ddb3962
@@ -222,9 +223,12 @@ class _GaussNewtonLosses(GaussNewtonSums):
         "Entries of a temporary: what fits into the cache of a CPU, or keeps a GPU busy."
         return 2**18 if self.hv.device.type == "cpu" else 2**26
 
-    def losses(self) -> dict[str, KroneckerLoss]:
+    def losses(
+        self,
+        H: Hessian | None = None,  # mean of x x^T, if the caller has it already
+    ) -> dict[str, KroneckerLoss]:
         "Losses of q, k and v in units of the heads' squared error. Raises `AespaError` if nothing was added."
-        H, group = self.gram.mean(), self.n_heads // self.n_kv_heads
+        H, group = self.gram.mean() if H is None else H, self.n_heads // self.n_kv_heads
         q = KroneckerLoss(H, self.gq * (self.scaling**2 / self.queries))
         G_v = None if self.metric is None else self.metric.unflatten(0, (-1, group)).mean(1)
         return {"q": q, "k": _sized(self, self.hk, self.gk), "v": KroneckerLoss(self.hv / self.gram.tokens, G_v)}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .forward import Rotations
 from ..errors import AespaError, NumericalError
+from ..notation import Hessian
 from ..rounding.hessian import Gram, damp, sum_all
 
 # %% ../../nbs/attention/22_kronecker_losses.ipynb #24ab28a5
@@ -163,9 +164,12 @@ class AttentionStatistics(AttentionSums):
         self.qq += _sum_of_squares(Q.to(self.qq), self.n_kv_heads)
         add_attended(self.hv, X.to(self.hv), A)
 
-    def losses(self) -> dict[str, KroneckerLoss]:
+    def losses(
+        self,
+        H: Hessian | None = None,  # mean of x x^T, if the caller has it already
+    ) -> dict[str, KroneckerLoss]:
         "Losses of q, k, v, eqs. (21), (22), (17); `AespaError` without tokens. Source: aespa, pre-computed losses."
-        H, n = self.gram.mean(), self.gram.tokens
+        H, n = self.gram.mean() if H is None else H, self.gram.tokens
         G_q, G_k = (M / n if self.rotation is None else mean_rotated(M / n, self.rotation) for M in (self.kk, self.qq))
         G_q = G_q.repeat_interleave(self.n_heads // self.n_kv_heads, 0)
         return {"q": KroneckerLoss(H, G_q), "k": KroneckerLoss(H, G_k), "v": KroneckerLoss(self.hv / n)}

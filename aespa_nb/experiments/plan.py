@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
-import psutil  # comes with accelerate
+import psutil
 import torch
 from jaxtyping import Int
 from rich.console import Console

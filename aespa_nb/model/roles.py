@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..attention.forward import Rotations, attention_output, repeat_kv, rotate
+from ..attention.forward import Rotations, attention_output, merge_heads, repeat_kv, rotate
 from ..errors import NumericalError, UnsupportedModelError
 from .blocks import LINEARS, expert_matrices, linears_of, weight_of
 from .capture import Watch, capture_attention
@@ -39,15 +39,8 @@ def _gradients(T, ys, z=None):
         return [None] * len(ys)
     return torch.autograd.grad(T, ys, _random(T.shape, T) if z is None else z, retain_graph=True, allow_unused=True)
 
-
-def _maker(T: Tensor, ran: list[Ran]) -> Ran | None:
-    "The last linear on the way to `T`."
-    ran = [e for e in ran if e.y.requires_grad]  # not experts
-    on_the_way = [e for e, g in zip(ran, _gradients(T, [e.y for e in ran])) if g is not None and g.any()]
-    return on_the_way[-1] if on_the_way else None
-
 # %% ../../nbs/model/45_roles.ipynb #2f1c1443
-def _rows(T: Float[Tensor, "one heads d tok"], y: Tensor) -> Int[Tensor, "heads rows"] | None:
+def _rows_by_head(T: Float[Tensor, "one heads d tok"], y: Tensor) -> Int[Tensor, "heads rows"] | None:
     "Which entries of `y` feed which head of `T`; None if they don't split evenly."
     size = []
     for h in range(T.shape[1]):
@@ -61,28 +54,22 @@ def _rows(T: Float[Tensor, "one heads d tok"], y: Tensor) -> Int[Tensor, "heads 
     return torch.stack(rows).cpu() if even else None
 
 # %% ../../nbs/model/45_roles.ipynb #dbe9f73f
-def _cos_sin(T, y, rows) -> tuple[Float[Tensor, "d tok"], Float[Tensor, "d tok"]]:
-    "If the first head is turned by halves, by what: entries (i, i) and (i, i + d/2) of its Jacobian."
-    d, z, entries = T.shape[-2], torch.zeros_like(T), []
-    for i in range(d):
-        z[0, 0, i] = 1
-        row = _gradients(T, [y], z)[0].reshape(-1, y.shape[-1])[:, rows]
-        entries.append((row[:, i], row[:, (i + d // 2) % d] * (-1 if i < d // 2 else 1)))
-        z[0, 0, i] = 0
-    return tuple(torch.stack(e) for e in zip(*entries))
-
-
 def _close(a, b) -> bool:
     "Equal up to what float32 and half precision do; never with NaN."
     return bool(((a - b).abs() <= 1e-3 * b.abs() + 1e-4 * b.abs().max()).all())
 
-# %% ../../nbs/model/45_roles.ipynb #8ade4ee7
+
 def _position(T, y, rows) -> tuple[str, Rotations | None, float]:
     "What turns `y` into `T`: (kind, rotations, constant factor)."
-    d = T.shape[-2]
+    d, z, entries = T.shape[-2], torch.zeros_like(T), []
     if rows.shape[1] != d:
         return "measured", None, 1.0
-    cos, sin = _cos_sin(T, y, rows[0])
+    for i in range(d):  # if the first head is turned by halves: entries (i, i) and (i, i + d/2) of its Jacobian
+        z[0, 0, i] = 1
+        row = _gradients(T, [y], z)[0].reshape(-1, y.shape[-1])[:, rows[0]]
+        entries.append((row[:, i], row[:, (i + d // 2) % d] * (-1 if i < d // 2 else 1)))
+        z[0, 0, i] = 0
+    cos, sin = (torch.stack(e) for e in zip(*entries))  # [d tok]
     Y, T = y.detach().reshape(1, -1, y.shape[-1])[..., rows].permute(0, 2, 3, 1), T.detach()
     T = T[:, :: T.shape[1] // len(rows)]  # heads that share their rows come repeated
     if _close(Y * cos.mean(), T):
@@ -97,7 +84,7 @@ class Role:
     "Where queries, keys or values come from."
 
     linear: str
-    rows: Int[Tensor, "heads rows"]  # entries of the linear's output, by head
+    rows: Int[Tensor, "heads rows"]  # entries of the linear's output, by head; of k and v: KV heads
     position: str  # what lies between: "none", "rotation" or "measured"
     rotation: Rotations | None
     gain: float  # constant factor, for "none"
@@ -109,57 +96,77 @@ class AttentionMap:
 
     roles: dict[str, Role]  # "q", "k", "v", as far as they were found
     o: str | None  # the linear that reads the heads' outputs
-    n_heads: int
+    n_heads: int  # query heads
     scaling: float  # of the scores
-    registered: bool  # heard through the registry of transformers; else by a `Watch`
+    registered: bool  # captured through the registry of transformers; else by a `Watch`
     notes: tuple[str, ...]  # what was not found, and other deviations
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    "What a block is made of; names are relative to the block."
+
+    groups: tuple[tuple[str, ...], ...]  # linears that read the same input, in the order in which they run
+    attentions: tuple[AttentionMap, ...]
+    readers: dict[str, str]  # linear that adds to the residual stream -> module that has just read it
+    routed: frozenset[str]  # linears that see some of the tokens only
+    idle: tuple[str, ...]  # linears that did not run
+    order: tuple[str, ...]  # linears, and "" for attention, as they ran
+    watched: bool  # whether a `Watch` is needed to capture everything
+
+    @property
+    def group_of(self) -> dict[str, tuple[str, ...]]:
+        "Linear -> its group."
+        return {name: group for group in self.groups for name in group}
 
 # %% ../../nbs/model/45_roles.ipynb #fe7f3717
 def _role(role: str, T: Tensor, ran: list[Ran]) -> Role | str:
-    "The role's place, or why it has none."
-    maker = _maker(T, ran)
-    if maker is None:
+    "The place of `role`, whose heads are `T`; or why it has none."
+    ran = [e for e in ran if e.y.requires_grad]  # not experts
+    makers = [e for e, g in zip(ran, _gradients(T, [e.y for e in ran])) if g is not None and g.any()]
+    if not makers:
         return f"{role} comes from no linear of this block"
-    if maker.y.numel() != maker.y.shape[-1] * T.shape[-1]:
-        return f"{role}: {maker.name} does not run once for each token"
-    rows = _rows(T, maker.y)
+    name, _, y = makers[-1]
+    if y.numel() != y.shape[-1] * T.shape[-1]:
+        return f"{role}: {name} does not run once for each token"
+    rows = _rows_by_head(T, y)
     if rows is None:
-        return f"{role}: the rows of {maker.name} do not split into heads"
-    position = _position(T, maker.y, rows)
+        return f"{role}: the rows of {name} do not split into heads"
+    position = _position(T, y, rows)
     if role == "v" and position != ("none", None, 1.0):
-        return f"v is not the output of {maker.name} itself"
-    return Role(maker.name, rows, *position)
-
-# %% ../../nbs/model/45_roles.ipynb #c3be3773
-def _merged(Q, V, A) -> Float[Tensor, "one tok out"]:
-    "The heads' outputs side by side, as an output projection reads them."
-    V = repeat_kv(V, Q.shape[1])
-    out = torch.stack([attention_output(A[:, h], V[:, h]) for h in range(Q.shape[1])], 1)
-    return out.flatten(-3, -2).transpose(-1, -2)
-
-
-def _attention_map(ran: list[Ran], module, Q, K, V, A) -> AttentionMap:
-    "What an attention call is made of; `o` is not known yet."
-    found = {role: _role(role, T, ran) for role, T in zip("qkv", (Q, K, V))}
-    notes = [f for f in found.values() if isinstance(f, str)]
-    notes += ["the soft cap's slope is taken as 1"] if getattr(A, "softcap", None) else []
-    scaling = getattr(A, "scaling", None) or Q.shape[-2] ** -0.5
-    roles = {role: f for role, f in found.items() if isinstance(f, Role)}
-    return AttentionMap(roles, None, Q.shape[1], scaling, module is not None, tuple(notes))
+        return f"v is not the output of {name} itself"
+    return Role(name, rows, *position)
 
 # %% ../../nbs/model/45_roles.ipynb #d68c7dc6
 class _Trace:
-    "What happens in a block, as it happens."
+    "What happens in a block while it runs on one sequence."
 
-    def __init__(self, block):
-        self.block = block
-        self.ran, self.order, self.attentions, self.outputs = [], [], [], {}
+    def __init__(self, block: nn.Module):
+        self.block, self.ran, self.order, self.attentions = block, [], [], []
+        self.outputs = {}  # the heads' outputs, stacked, of the attention calls that no linear has read yet
         self.reads, self.makers, self.readers = [], {}, {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        "Everything that runs in the block within this context is noted."
+        grad = torch.is_grad_enabled()
+        with contextlib.ExitStack() as stack:
+            stack.callback(torch.set_grad_enabled, grad)
+            for name, module in self.block.named_modules():
+                if name:
+                    read = lambda m, args, name=name: self.reads.extend((name, x) for x in args[:1])
+                    stack.callback(module.register_forward_pre_hook(read).remove)
+                if isinstance(module, LINEARS):
+                    ran = lambda m, args, y, name=name: self.linear(name, args[0], y)
+                    stack.callback(module.register_forward_hook(ran).remove)
+            stack.enter_context(capture_attention(self.attention, within=self.block))
+            stack.enter_context(Watch(expert_matrices(self.block), self.expert, self.added))
+            yield
 
     def linear(self, name, x, y):
         if not isinstance(y, Tensor):  # a router in a linear's clothes
             return y
-        for i, out in list(self.outputs.items()):  # of attention calls whose reader is not known yet
+        for i, out in list(self.outputs.items()):
             if x.numel() == out.numel() and _close(x.detach().reshape(out.shape), out):
                 self.attentions[i] = replace(self.attentions[i], o=name)
                 del self.outputs[i]
@@ -171,24 +178,23 @@ class _Trace:
         self.makers[id(passed)] = name, passed
         return passed
 
-# %% ../../nbs/model/45_roles.ipynb #c12amade
-def _made_by(W, x, y) -> bool:
-    "Whether `y` is `W x`: not if the experts' matrices are stored in a way that we don't know."
-    return x.shape[-1] == W.shape[1] and y.shape[-1] == len(W) and _close((x @ W.T).detach(), y.detach())
-
-# %% ../../nbs/model/45_roles.ipynb #be8cbacc
-class _Tracing(_Trace):
-    "The rest of what is noted."
-
     def expert(self, name, x, y):
-        if _made_by(weight_of(self.block, name), x, y):
+        W = weight_of(self.block, name)
+        if x.shape[-1] == W.shape[1] and y.shape[-1] == len(W) and _close((x @ W.T).detach(), y.detach()):
             self.order.append(name)
             self.ran.append(Ran(name, x, y.detach()))
 
     def attention(self, module, Q, K, V, A):
-        self.attentions.append(_attention_map(self.ran, module, Q, K, V, A))
+        found = {role: _role(role, T, self.ran) for role, T in zip("qkv", (Q, K, V))}
+        notes = [f for f in found.values() if isinstance(f, str)]
+        notes += ["the soft cap's slope is taken as 1"] if getattr(A, "softcap", None) else []
+        scaling = getattr(A, "scaling", None) or Q.shape[-2] ** -0.5
+        roles = {role: f for role, f in found.items() if isinstance(f, Role)}
+        self.attentions.append(AttentionMap(roles, None, Q.shape[1], scaling, module is not None, tuple(notes)))
         torch.set_grad_enabled(False)
-        self.outputs[len(self.attentions) - 1] = _merged(Q, V, A)
+        V = repeat_kv(V, Q.shape[1])
+        out = torch.stack([attention_output(A[:, h], V[:, h]) for h in range(Q.shape[1])], 1)
+        self.outputs[len(self.attentions) - 1] = merge_heads(out).mT
         self.order.append("")
 
     def added(self, a, b, total):
@@ -202,63 +208,6 @@ class _Tracing(_Trace):
                 self.readers[name] = read[0]
             break
 
-# %% ../../nbs/model/45_roles.ipynb #061b4e18
-def _groups(block: nn.Module, ran: list[Ran], tok: int, attentions) -> tuple[list, frozenset[str], list[str]]:
-    "Groups of linears in the order in which they ran; linears that don't see all tokens; linears that were not heard."
-    groups = {}
-    for e in ran:
-        groups.setdefault(id(e.x), []).append(e.name)
-    serving = {role.linear for a in attentions for role in a.roles.values()}
-    routed = {e.name for e in ran if e.x.numel() != e.x.shape[-1] * tok} - serving
-    routed |= set(expert_matrices(block).values()) & {e.name for e in ran}
-    stacks = {n.rpartition(".")[0] for n in routed if n.rpartition(".")[2].isdigit()}
-    idle = [n for n in linears_of(block) if n not in {e.name for e in ran}]
-    return _with_siblings([tuple(g) for g in groups.values()], routed, stacks, idle)
-
-
-def _with_siblings(groups, routed, stacks, idle):
-    "Adds the experts that got no token of this sequence, beside those of the same stack."
-    for stack in stacks:
-        last = max(i for i, g in enumerate(groups) if g[0].rpartition(".")[0] == stack)
-        more = [n for n in idle if n.rpartition(".")[0] == stack]
-        groups[last + 1 : last + 1] = [(n,) for n in more]
-        routed, idle = routed | set(more), [n for n in idle if n not in more]
-    return groups, frozenset(routed), idle
-
-# %% ../../nbs/model/45_roles.ipynb #dbd0094c
-@contextlib.contextmanager
-def _tracing(block: nn.Module) -> Iterator[_Tracing]:
-    "Everything that runs in `block` is written down."
-    trace, hooks = _Tracing(block), []
-    for name, module in block.named_modules():
-        if name:
-            read = lambda m, args, name=name: trace.reads.extend((name, x) for x in args[:1])
-            hooks.append(module.register_forward_pre_hook(read))
-        if isinstance(module, LINEARS):
-            ran = lambda m, args, y, name=name: trace.linear(name, args[0], y)
-            hooks.append(module.register_forward_hook(ran))
-    grad = torch.is_grad_enabled()
-    try:
-        with capture_attention(trace.attention, to=block), Watch(expert_matrices(block), trace.expert, trace.added):
-            yield trace
-    finally:
-        torch.set_grad_enabled(grad)
-        for hook in hooks:
-            hook.remove()
-
-# %% ../../nbs/model/45_roles.ipynb #f6a3d64b
-@dataclass(frozen=True)
-class BlockMap:
-    "What a block is made of; names are relative to the block."
-
-    groups: tuple[tuple[str, ...], ...]  # linears that read the same input, in the order in which they run
-    attentions: tuple[AttentionMap, ...]
-    readers: dict[str, str]  # linear that adds to the residual stream -> module that has just read it
-    routed: frozenset[str]  # linears that see some of the tokens only
-    idle: tuple[str, ...]  # linears that were not heard
-    order: tuple[str, ...]  # linears, and "" for attention, as they ran
-    watched: bool  # whether a `Watch` is needed to hear everything
-
 # %% ../../nbs/model/45_roles.ipynb #51ecb88b
 def map_block(
     block: nn.Module,
@@ -266,19 +215,29 @@ def map_block(
     tok: int,  # tokens of that sequence
 ) -> BlockMap:
     "Finds linears, roles and positions. Raises `NumericalError` on NaN, `UnsupportedModelError` if no linear runs."
-    with _tracing(block) as trace:
+    trace = _Trace(block)
+    with trace.recording():
         run()
     if not all(e.x.isfinite().all() for e in trace.ran):
         raise NumericalError("NaN or Inf in the activations: check the model's dtype and the calibration tokens")
-    groups, routed, idle = _groups(block, trace.ran, tok, trace.attentions)
-    if not groups:
-        raise UnsupportedModelError(f"no linear was heard in {type(block).__name__}: nothing to quantize")
-    watched = bool(expert_matrices(block)) or not all(a.registered for a in trace.attentions)
-    attentions, order = tuple(_noted(a) for a in trace.attentions), tuple(trace.order)
-    return BlockMap(tuple(groups), attentions, trace.readers, routed, tuple(idle), order, watched)
-
-
-def _noted(attention: AttentionMap) -> AttentionMap:
-    "With a note where no linear reads the heads' outputs as they are."
-    missing = () if attention.o else ("no linear reads the attention output itself",)
-    return replace(attention, notes=attention.notes + missing)
+    if not trace.ran:
+        raise UnsupportedModelError(f"no linear runs in {type(block).__name__}: nothing to quantize")
+    inputs, ran, experts = {}, {e.name for e in trace.ran}, expert_matrices(block)
+    for e in trace.ran:
+        inputs.setdefault(id(e.x), []).append(e.name)
+    groups = [tuple(names) for names in inputs.values()]
+    serving = {role.linear for a in trace.attentions for role in a.roles.values()}
+    routed = {e.name for e in trace.ran if e.x.numel() != e.x.shape[-1] * tok} - serving
+    routed |= set(experts.values()) & ran
+    idle = [n for n in linears_of(block) if n not in ran]
+    stack_of = lambda name: name.rpartition(".")[0]
+    for stack in {stack_of(n) for n in routed if n.rpartition(".")[2].isdigit()}:
+        last = max(i for i, g in enumerate(groups) if stack_of(g[0]) == stack)
+        more = [n for n in idle if stack_of(n) == stack]
+        groups[last + 1 : last + 1] = [(n,) for n in more]
+        routed, idle = routed | set(more), [n for n in idle if n not in more]
+    missing = "no linear reads the attention output itself"
+    attentions = [a if a.o else replace(a, notes=(*a.notes, missing)) for a in trace.attentions]
+    watched = bool(experts) or not all(a.registered for a in attentions)
+    order, routed = tuple(trace.order), frozenset(routed)
+    return BlockMap(tuple(groups), tuple(attentions), trace.readers, routed, tuple(idle), order, watched)

@@ -17,12 +17,10 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from .blocks import stacks_of
 from .memory import in_new_file
-from .team import Shares
+from .phases import phase
+from .team import ALONE, Team
 
-# %% ../../nbs/model/43_stream.ipynb #74c70cae
-_ONE_BY_ONE = "not supported; single linears can be rounded with `round_layer`"
-
-
+# %% ../../nbs/model/43_stream.ipynb #c12catch
 class _Stop(Exception):
     "Ends a forward pass early."
 
@@ -30,31 +28,34 @@ class _Stop(Exception):
 def _end(module, args):
     raise _Stop
 
-# %% ../../nbs/model/43_stream.ipynb #c12catch
+
+def _unsupported(module, what: str) -> UnsupportedModelError:
+    name = type(module).__name__
+    return UnsupportedModelError(f"{name} {what}: not supported; single linears can be rounded with `round_layer`")
+
+
 def _catch(model, blocks, inputs, every=False):
     "Hidden states before the first block; [(args, kwargs)] of what it is called with, with `every` of each block."
-    calls = {}
+    first, calls = [], []
 
-    def hook(i, args, kwargs):
-        if i != len(calls):
-            kind = type(model).__name__
-            raise UnsupportedModelError(f"{kind} does not run its blocks in order, once each: {_ONE_BY_ONE}")
+    def hook(block, args, kwargs):
+        if len(calls) == len(blocks) or block is not blocks[len(calls)]:
+            raise _unsupported(model, "does not run its blocks in order, once each")
         args, kwargs = list(args), dict(kwargs)
-        calls[i] = args.pop(0) if args else kwargs.pop("hidden_states"), (tuple(args), kwargs)
+        first.append(args.pop(0) if args else kwargs.pop("hidden_states"))
+        calls.append((tuple(args), kwargs))
         if not every:
             raise _Stop
 
     with contextlib.ExitStack() as stack, contextlib.suppress(_Stop):
-        for i, block in enumerate(blocks):
-            handle = block.register_forward_pre_hook(lambda m, a, k, i=i: hook(i, a, k), with_kwargs=True)
-            stack.callback(handle.remove)
-        head = model.get_output_embeddings()
-        if head is not None:
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if (head := model.get_output_embeddings()) is not None:
             stack.callback(head.register_forward_pre_hook(_end).remove)
         model(**inputs, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
     if len(calls) < (len(blocks) if every else 1):
-        raise UnsupportedModelError(f"{type(model).__name__} leaves out some of its blocks: {_ONE_BY_ONE}")
-    return calls[0][0], [calls[i][1] for i in sorted(calls)]
+        raise _unsupported(model, "leaves out some of its blocks")
+    return first[0], calls
 
 # %% ../../nbs/model/43_stream.ipynb #c12calls
 @contextlib.contextmanager
@@ -69,15 +70,16 @@ def bypassed(blocks):
             del block.forward
 
 
-def _calls(model, blocks, inputs):
-    "(args, kwargs) of each block for one sequence."
+def _calls(model, blocks, inputs) -> list[dict]:
+    "What each block is called with for one sequence: places (numbers) and names -> values."
     try:
         with bypassed(blocks):
-            return _catch(model, blocks, inputs, every=True)[1]
+            _, calls = _catch(model, blocks, inputs, every=True)
     except (ValueError, TypeError, IndexError, RuntimeError, UnsupportedModelError):
-        return _catch(model, blocks, inputs, every=True)[1]
+        _, calls = _catch(model, blocks, inputs, every=True)
+    return [dict(enumerate(args)) | kwargs for args, kwargs in calls]
 
-# %% ../../nbs/model/43_stream.ipynb #c12own
+# %% ../../nbs/model/43_stream.ipynb #f3afac62
 def _same(a, b) -> bool:
     "Whether two arguments are equal; what holds no tensor is."
     if isinstance(a, (tuple, list)):
@@ -85,19 +87,6 @@ def _same(a, b) -> bool:
     return not isinstance(a, Tensor) or torch.equal(a, b)
 
 
-def _longer(one, several) -> set:
-    "Which arguments have more rows when several sequences run together (ALiBi, heads beside batch)."
-    pairs = zip((*one[0], *one[1].values()), (*several[0], *several[1].values()))
-    keys = (*range(len(one[0])), *one[1])
-    return {k for k, (a, b) in zip(keys, pairs) if isinstance(a, Tensor) and a.ndim and len(a) < len(b)}
-
-
-def _own(calls, others) -> set:
-    "Which arguments (places or names) differ between two sequences."
-    pairs = [(dict(enumerate(c[0])) | c[1], dict(enumerate(o[0])) | o[1]) for c, o in zip(calls, others)]
-    return {key for a, b in pairs for key in a if not _same(a[key], b[key])}
-
-# %% ../../nbs/model/43_stream.ipynb #f3afac62
 def _to(value, device, dtype):
     "`value` on `device`, floating tensors in `dtype`; tuples and dictionaries are followed."
     if isinstance(value, tuple):
@@ -108,96 +97,77 @@ def _to(value, device, dtype):
         return value
     return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
-# %% ../../nbs/model/43_stream.ipynb #e720eb85
-def _replace(part, out, block) -> None:
-    "What the block gives takes the place of what it was given."
-    if out.shape != part.shape:
-        raise UnsupportedModelError(f"{type(block).__name__} changes the shape of hidden states: {_ONE_BY_ONE}")
-    part.copy_(out)
-
 
 def as_inputs(tokens) -> dict[str, Tensor]:
     "What a model is called with; bare tokens are `input_ids`."
     return dict(tokens) if isinstance(tokens, dict) else {"input_ids": tokens}
 
 # %% ../../nbs/model/43_stream.ipynb #295bf5dc
-class _Stream:
-    "Where the hidden states are kept, and what else the blocks are called with."
+class BlockStream:
+    "The hidden states of this process's calibration sequences, on their way through the blocks."
 
+    @torch.no_grad()
     def __init__(
         self,
         model: PreTrainedModel,
-        tokens: Int[Tensor, "seq tok"] | dict[str, Tensor],  # tokens, or all inputs by name, sequences first
+        inputs: Int[Tensor, "seq tok"] | dict[str, Tensor],  # tokens, or all inputs by name, sequences first
         batch_size: int = 4,  # sequences that run together
         device: torch.device | str | None = None,  # where blocks run; None: where the model is
         dtype: torch.dtype | None = None,  # in which blocks run; None: the model's
         stack: str | None = None,  # one of `stacks_of`; None: the first
-        shares: Shares | None = None,  # which sequences this process reads; None: all
+        team: Team = ALONE,  # who share the sequences
     ):
-        inputs, self.batch_size, self.device = as_inputs(tokens), batch_size, device or model.device
-        self.shares = shares or Shares(len(next(iter(inputs.values()))), batch_size)
-        self.dtype, self.at = dtype or model.dtype, 0  # the block before which the stream stands
-        _enter(self, model, model.get_submodule(stack or stacks_of(model)[0]), inputs)
+        self.batch_size, self.device, self.dtype = batch_size, device or model.device, dtype or model.dtype
+        self.team, self.at, inputs = team, 0, as_inputs(inputs)  # at: the number of the block that comes next
+        blocks, total = model.get_submodule(stack or stacks_of(model)[0]), len(next(iter(inputs.values())))
+        part = lambda a, b: {k: v[a:b].to(model.device) for k, v in inputs.items()}
+        mine = team.part(total, batch_size)
+        with phase("embed"):
+            calls = _calls(model, blocks, part(0, 1))
+            pairs = list(zip(calls, _calls(model, blocks, part(1, 2)))) if total > 1 else []
+            own = {k: [] for a, b in pairs for k in a if not _same(a[k], b[k])}
+            for at in range(mine.start, mine.stop, batch_size):
+                size = min(batch_size, mine.stop - at)
+                hidden, [(args, kwargs)] = _catch(model, blocks, part(at, at + size))
+                call = dict(enumerate(args)) | kwargs
+                if len(hidden) != size:
+                    raise _unsupported(model, "does not put sequences first")
+                if at == mine.start:
+                    self.hidden = in_new_file((mine.stop - mine.start, *hidden.shape[1:]), self.dtype)
+                    longer = lambda a, b: isinstance(a, Tensor) and a.ndim and len(a) < len(b)
+                    self.repeated = {k for k, v in calls[0].items() if longer(v, call[k])} - own.keys()
+                self.hidden[at - mine.start :][:size] = hidden
+                for key, kept in own.items():
+                    kept.extend(call[key].split(len(call[key]) // size))
+        self.own = {key: torch.stack(kept) for key, kept in own.items()}  # arguments that belong to their sequence
+        self.calls = [_to(call, self.device, self.dtype) for call in calls]
 
     def close(self) -> None:
         "Frees the hidden states."
         self.hidden = self.hidden[:0].clone()
 
-# %% ../../nbs/model/43_stream.ipynb #c12enter
-@torch.no_grad()
-def _enter(stream, model, blocks, inputs) -> None:
-    "Fills `stream`: hidden states, calls of the blocks, arguments that belong to a sequence."
-    part = lambda a, b: {k: v[a:b].to(model.device) for k, v in inputs.items()}
-    calls = _calls(model, blocks, part(0, 1))
-    own = _own(calls, _calls(model, blocks, part(1, 2))) if len(next(iter(inputs.values()))) > 1 else set()
-    inputs = {k: stream.shares.pick(v) for k, v in inputs.items()}  # from here on those of this process
-    n = len(next(iter(inputs.values())))
-    stream.own = {key: [] for key in own}
-    for at in range(0, n, stream.batch_size):
-        hidden, [(args, kwargs)] = _catch(model, blocks, part(at, at + stream.batch_size))
-        if len(hidden) != min(stream.batch_size, n - at):
-            raise UnsupportedModelError(f"{type(model).__name__} does not put sequences first: {_ONE_BY_ONE}")
-        if at == 0:
-            stream.hidden = in_new_file((n, *hidden.shape[1:]), stream.dtype)
-            stream.repeated = _longer(calls[0], (args, kwargs)) - own
-        stream.hidden[at : at + len(hidden)] = hidden
-        for key, kept in stream.own.items():
-            value = args[key] if isinstance(key, int) else kwargs[key]
-            kept.extend(value.split(len(value) // len(hidden)))
-    stream.calls = [_to(call, stream.device, stream.dtype) for call in calls]
-
-# %% ../../nbs/model/43_stream.ipynb #c12steps
-class _Caller(_Stream):
-    "Runs one batch."
-
     def arguments(self, seqs: slice | Int[Tensor, " batch"]) -> tuple[tuple, dict]:
         "What the next block is called with beside the hidden states of the sequences `seqs`."
-        args, kwargs = list(self.calls[self.at][0]), dict(self.calls[self.at][1])
-        for key, kept in self.own.items():
-            value = _to(torch.stack(kept)[seqs].flatten(0, 1), self.device, self.dtype)
-            (args if isinstance(key, int) else kwargs)[key] = value
-        for key in self.repeated:
-            place = args if isinstance(key, int) else kwargs
-            place[key] = torch.cat([place[key]] * len(self.hidden[seqs]))
-        return args, kwargs
-
-    def _step(self, block, seqs, keep):
-        part, (args, kwargs) = self.hidden[seqs], self.arguments(seqs)
-        with contextlib.suppress(_Stop):
-            out = block(part.to(self.device), *args, **kwargs)
-            if keep:
-                _replace(part, out[0] if isinstance(out, tuple) else out, block)
-
-# %% ../../nbs/model/43_stream.ipynb #c12run
-class BlockStream(_Caller):
-    "The hidden states of all calibration sequences on their way through the blocks."
+        call, size = dict(self.calls[self.at]), len(self.hidden[seqs])
+        call |= {k: _to(kept[seqs].flatten(0, 1), self.device, self.dtype) for k, kept in self.own.items()}
+        call |= {k: torch.cat([call[k]] * size) for k in self.repeated}
+        places = [k for k in call if isinstance(k, int)]
+        return tuple(call.pop(k) for k in places), call
 
     def steps(self, block: nn.Module, keep: bool = False, stop: str | None = None) -> Iterator[None]:
         "As `run`, one batch at a time; a batch ends where the module `stop` of `block` is about to run."
         handle = block.get_submodule(stop).register_forward_pre_hook(_end) if stop else None
         try:
             for at in range(0, len(self.hidden), self.batch_size):
-                self._step(block, slice(at, at + self.batch_size), keep)
+                seqs = slice(at, at + self.batch_size)
+                part, (args, kwargs) = self.hidden[seqs], self.arguments(seqs)
+                with contextlib.suppress(_Stop):
+                    out = block(part.to(self.device), *args, **kwargs)
+                    out = out[0] if isinstance(out, tuple) else out
+                    if keep and out.shape != part.shape:
+                        raise _unsupported(block, "changes the shape of hidden states")
+                    if keep:
+                        part.copy_(out)
                 yield
         finally:
             if handle:
@@ -206,5 +176,6 @@ class BlockStream(_Caller):
 
     def run(self, block: nn.Module, keep: bool = False) -> None:
         "Feeds every batch to the next block; with `keep` its outputs become the hidden states: the stream moves on."
-        for _ in self.steps(block, keep):
-            pass
+        with phase("hand-over") if keep else contextlib.nullcontext():
+            for _ in self.steps(block, keep):
+                pass

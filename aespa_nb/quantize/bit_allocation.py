@@ -17,61 +17,18 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention.kronecker_losses import KroneckerLoss
 from ..errors import AespaError
-from ..model.blocks import expert_matrices, linears_of, stacks_of, weight_of
+from ..model.blocks import expert_matrices, kind_of, linears_of, stacks_of, weight_of
 from ..model.capture import Watch, capturing
 from ..model.memory import working_on
-from ..model.statistics import Part, block_losses, parts_of, survey
+from ..model.statistics import block_losses, parts_of, survey
 from ..model.stream import BlockStream
 from .block import part_weight
 from .config import AespaConfig, bits_of
 from .layer import round_layer
-from .model import draw_inputs, check_model
 from .report import progress_bar
+from .run import blocks_of, check_model, draw_inputs
 from ..rounding.grid import check_bits
-
-# %% ../../nbs/quantize/66_bit_allocation.ipynb #9d26de94
-def _surprise(model, inputs, generator) -> tuple[Tensor, int]:
-    "Log-likelihood of labels drawn from the model's own predictions, summed, and their number."
-    logits = getattr(model(**inputs), "logits", None)
-    if logits is None:
-        raise AespaError(f"{type(model).__name__} has no logits: bits can be shared out only by what it predicts")
-    logits = logits.flatten(0, -2).float().log_softmax(-1)
-    labels = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator)
-    return logits.gather(-1, labels.to(logits.device)).sum(), len(labels)
-
-# %% ../../nbs/quantize/66_bit_allocation.ipynb #06d94ad1
-def _heed(name: str, y: Tensor, prices: dict[str, Tensor]) -> Tensor:
-    "Lets the gradient of `y`, when it comes, add to `prices[name]`; returns what the model is to go on with."
-    y = y if y.requires_grad else y.detach().requires_grad_()
-
-    def add(g):
-        g2 = g.float().pow(2).flatten(0, -2).sum(0)
-        prices[name] = prices[name] + g2 if name in prices else g2
-
-    y.register_hook(add)
-    return y.clone()  # a model may change it in place
-
-# %% ../../nbs/quantize/66_bit_allocation.ipynb #87eb5e1c
-@contextlib.contextmanager
-def _heeding(model, prices):
-    "Within this context every backward pass adds the squared gradients of all linears' outputs to `prices`."
-    hooks, matrices = [], {}
-    for path in stacks_of(model):
-        for i, block in enumerate(model.get_submodule(path)):
-            experts = {at: f"{path}.{i}.{n}" for at, n in expert_matrices(block).items()}
-            matrices |= experts
-            for name in (f"{path}.{i}.{n}" for n in linears_of(block)):
-                if name not in experts.values():
-                    heed = lambda module, args, y, name=name: _heed(name, y, prices)
-                    hooks.append(model.get_submodule(name).register_forward_hook(heed))
-    try:
-        with capturing(model), Watch(matrices, lambda name, X, Y: _heed(name, Y, prices)):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #ffecb2f1
 def output_prices(
@@ -79,76 +36,41 @@ def output_prices(
     inputs: dict[str, Tensor],  # sequences first
     seed: int = 0,  # of the drawn labels
 ) -> dict[str, Float[Tensor, " out"]]:
-    "What a squared unit of error at each output of each linear costs in nats: half the Fisher diagonal."
+    """What a squared unit of error at each output of each linear costs in nats: half the Fisher diagonal.
+
+    Raises `AespaError` if the model has no logits."""
     prices, count, generator = {}, 0, torch.Generator().manual_seed(seed)
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    try:
-        with torch.enable_grad(), _heeding(model, prices):
-            for i in range(len(next(iter(inputs.values())))):
-                one = {k: v[i : i + 1].to(model.device) for k, v in inputs.items()}
-                total, n = _surprise(model, one, generator)
-                total.backward()
-                count += n
-    finally:
-        for p in wanted:
-            p.requires_grad_()
+
+    def follow(name, y):
+        "Lets the gradient of `y`, when it comes, add to the prices; what the model is to go on with."
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        squares = lambda g: g.float().pow(2).flatten(0, -2).sum(0)
+        y.register_hook(lambda g: prices.update({name: prices.get(name, 0) + squares(g)}))
+        return y.clone()  # a model may change it in place
+
+    wanted, matrices = [p for p in model.parameters() if p.requires_grad], {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [p.requires_grad_() for p in wanted])
+        model.requires_grad_(False)
+        for path, block in blocks_of(model).items():
+            experts = {at: f"{path}.{name}" for at, name in expert_matrices(block).items()}
+            matrices |= experts
+            for name in {f"{path}.{name}" for name in linears_of(block)} - set(experts.values()):
+                hook = lambda module, args, y, name=name: follow(name, y)
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        stack.enter_context(capturing(model))
+        stack.enter_context(Watch(matrices, lambda name, X, Y: follow(name, Y)))
+        stack.enter_context(torch.enable_grad())
+        for i in range(len(next(iter(inputs.values())))):
+            one = {k: v[i : i + 1].to(model.device) for k, v in inputs.items()}
+            logits = getattr(model(**one), "logits", None)
+            if logits is None:
+                raise AespaError(f"{type(model).__name__} has no logits: bits are allocated by what it predicts")
+            logits = logits.flatten(0, -2).float().log_softmax(-1)
+            labels = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator)
+            logits.gather(-1, labels.to(logits.device)).sum().backward()
+            count += len(labels)
     return {name: price / (2 * count) for name, price in prices.items()}
-
-# %% ../../nbs/quantize/66_bit_allocation.ipynb #385cecc7
-def _cost(W, loss: KroneckerLoss, price, config) -> float:
-    "Nats per token that rounding `W` alone will cost."
-    ones = W.new_ones(W.shape[1])
-    dW = round_layer(W, loss.damped(config.damping), ones, config)[0] - W
-    return float((price * ((dW @ loss.H) * dW).sum(1)).sum())
-
-
-def _rows_of(price, part: Part, W) -> Tensor:
-    "The prices of the part's rows; nothing that never ran has any."
-    if price is None:
-        return W.new_zeros(len(W))
-    return (price if part.rows is None else price[part.rows.to(price.device)]).to(W)
-
-# %% ../../nbs/quantize/66_bit_allocation.ipynb #1725d4d0
-def _menu(config, name, choices) -> tuple[int, ...]:
-    "The bit-widths a linear may have: its own if `keep` names it, nothing if it stays as it is."
-    if not any(part in name for part in config.keep):
-        return tuple(choices)
-    return () if bits_of(config, name) == 16 else (bits_of(config, name),)
-
-# %% ../../nbs/quantize/66_bit_allocation.ipynb #8e3e118e
-def _rehearse(model, block, stream, prices, config, choices, prefix) -> dict[str, dict[int, float]]:
-    "Losses of the linears of one block at each bit-width, in nats per token."
-    found = survey(model, block, stream)
-    parts, losses = parts_of(block, found), {}
-    read = block_losses(model, block, stream, "layer", config.dtype, found=found)
-    for key, loss in read.losses.items():
-        part, W = parts[key], part_weight(block, parts[key], config.dtype)
-        name = prefix + part.linear
-        price = _rows_of(prices.get(name), part, W)
-        for bits in _menu(config, name, choices):
-            mine = losses.setdefault(name, {})
-            mine[bits] = mine.get(bits, 0.0) + _cost(W, loss, price, replace(config, bits=bits, keep={}))
-    stream.run(block, keep=True)
-    return losses
-
-# %% ../../nbs/quantize/66_bit_allocation.ipynb #880b7da3
-def _rehearse_stack(model, path, inputs, prices, config, choices, bar) -> dict[str, dict[int, float]]:
-    "Losses of the linears of one stack of blocks."
-    device, losses = torch.device(config.device or model.device), {}
-    stream = BlockStream(model, inputs, config.batch_size, device, config.dtype, path)
-    with contextlib.closing(stream):
-        for i, block in enumerate(model.get_submodule(path)):
-            bar(f"rehearsal: block {i}")
-            with working_on(block, device, config.dtype):
-                losses |= _rehearse(model, block, stream, prices, config, choices, f"{path}.{i}.")
-    return losses
-
-
-def _rehearsal(config) -> AespaConfig:
-    "A quick recipe on the same grid: rounding to nearest where that is what will be done, else GPTQ."
-    solver = "rtn" if config.solver == "rtn" else "gptq"
-    return replace(config, objective="layer", solver=solver, zfold=False, correction=0.0, tuning=0)
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #374514eb
 CHOICES = (2, 3, 4, 5, 6)  # bit-widths on the menu
@@ -173,16 +95,37 @@ def predicted_losses(
 ) -> dict[str, dict[int, float]]:
     "KL in nats per token that rounding each linear alone is expected to cost, by name and bits."
     check_model(model, tokens, config)
-    inputs, training, losses = draw_inputs(tokens, config), model.training, {}
-    plain, paths = _rehearsal(config), stacks_of(model)
-    model.eval()
-    try:
+    inputs, device = draw_inputs(tokens, config), torch.device(config.device or model.device)
+    solver = "rtn" if config.solver == "rtn" else "gptq"  # a quick recipe on the same grid
+    quick = replace(config, objective="layer", solver=solver, zfold=False, correction=0.0, tuning=0)
+    losses: dict[str, dict[int, float]] = {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
         prices = output_prices(model, {k: v[:sequences] for k, v in inputs.items()}, config.seed)
-        with capturing(model), progress_bar(sum(len(model.get_submodule(p)) for p in paths), progress) as bar:
-            for path in paths:
-                losses |= _rehearse_stack(model, path, inputs, prices, plain, choices, bar)
-    finally:
-        model.train(training)
+        stack.enter_context(capturing(model))
+        announce = stack.enter_context(progress_bar(len(blocks_of(model)), progress))
+        for path in stacks_of(model):
+            stream = BlockStream(model, inputs, config.batch_size, device, config.dtype, path)
+            stack.enter_context(contextlib.closing(stream))
+            for i, block in enumerate(model.get_submodule(path)):
+                announce(f"predicting: block {i}")
+                with working_on(block, device, config.dtype):
+                    found = survey(model, block, stream)
+                    parts = parts_of(block, found)
+                    read = block_losses(model, block, stream, "layer", config.dtype, found=found)
+                    for key, loss in read.losses.items():
+                        part, name = parts[key], f"{path}.{i}.{parts[key].linear}"
+                        W = part_weight(block, part, config.dtype)
+                        price = prices.get(name, torch.zeros(len(weight_of(block, part.linear))))  # 0: it never ran
+                        price = (price if part.rows is None else price[part.rows.to(price.device)]).to(W)
+                        own = bits_of(config, name) if any(kept in name for kept in config.keep) else None
+                        for bits in choices if own is None else () if own == 16 else (own,):
+                            layer = round_layer(W, loss.damped(config.damping), replace(quick, bits=bits, keep={}))
+                            dW = layer.weight().to(W) - W
+                            menu = losses.setdefault(name, {})
+                            menu[bits] = menu.get(bits, 0.0) + float((price * ((dW @ loss.H) * dW).sum(1)).sum())
+                    stream.run(block, keep=True)
     return losses
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #8dc9f65a
@@ -245,11 +188,11 @@ def bits_by_kind(config: AespaConfig) -> dict[str, dict[int, float]]:
     found = {}
     for name in config.keep:
         if match := re.match(r"(.+?)\.(\d+)\.(.+)", name):
-            kind = re.sub(r"\d+(?=\.|$)", "#", match[3])
-            found.setdefault(f"{match[1]}.#.{kind}", {}).setdefault(int(match[2]), []).append(bits_of(config, name))
+            kind = f"{match[1]}.#.{kind_of(match[3])}"
+            found.setdefault(kind, {}).setdefault(int(match[2]), []).append(bits_of(config, name))
     return {kind: {i: sum(b) / len(b) for i, b in sorted(blocks.items())} for kind, blocks in found.items()}
 
-# %% ../../nbs/quantize/66_bit_allocation.ipynb #d3a06dc0
+
 def bits_text(config: AespaConfig) -> str:
     "The table of `bits_by_kind`, a line for each kind and a column for each block."
     kinds = bits_by_kind(config)

@@ -1,0 +1,76 @@
+"""How long 1, 2 and 4 processes take for the first block of the bundled model, and how close they come to one.
+
+    python experiments/scale.py [--samples 32]
+
+Writes nbs/runs/scale.json, which the chapter on several processes prints. Seconds are of the clock, and of the
+processor: where processes have to share cores, the clock says what was gained and the processor's seconds of the
+busiest process what cores of their own could.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from aespa_nb import AespaConfig, load_reference, quantize_model
+from aespa_nb.model.team import joined
+from transformers.utils.logging import disable_progress_bar
+
+STORED, PRESETS = Path("nbs/runs/scale.json"), ("gptq", "best")
+
+
+def work(args):
+    "One process: a short run that loads and compiles, then each preset; the first process writes what all found."
+    torch.set_num_threads(1)
+    disable_progress_bar()
+
+    def quantize(preset, samples):
+        model, _, calib, *_ = load_reference(torch.float32)
+        model.model.layers = model.model.layers[:1]
+        model.config.num_hidden_layers = 1
+        report = quantize_model(model, calib[:samples], AespaConfig.preset(preset), team=team)
+        return torch.cat([r.codes.flatten() for r in report.layers.values()]), sum(r.loss for r in report.layers.values())
+
+    with joined() as team:
+        quantize("best", 8)
+        row, codes = dict(processes=team.size), {}
+        for preset in PRESETS:
+            clock, processor = time.perf_counter(), time.process_time()
+            codes[preset], loss = quantize(preset, args.samples)
+            clock, processor = time.perf_counter() - clock, time.process_time() - processor
+            busiest = max(team.broadcast(processor, rank) for rank in range(team.size))
+            row[preset] = dict(clock=clock, processor=busiest, loss=loss)
+            assert torch.equal(team.first(lambda: codes[preset]), codes[preset]), "the processes end with other codes"
+        if team.rank == 0:
+            torch.save((codes, row), args.work)
+
+
+def main(args):
+    rows, one, load = [], None, os.getloadavg()[0]
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
+    for processes in (1, 2, 4):
+        with tempfile.NamedTemporaryFile() as file:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            options = ["--samples", str(args.samples), "--work", file.name]
+            subprocess.run([*launch, __file__, *options], check=True, env=env)
+            codes, row = torch.load(file.name)
+        one = one or codes
+        for preset in PRESETS:
+            row[preset]["other_codes"] = (codes[preset] != one[preset]).double().mean().item()
+        rows.append(row)
+        print(row, flush=True)
+    run = dict(cores=os.cpu_count(), load=load, samples=args.samples, torch=torch.__version__)
+    STORED.write_text(json.dumps(dict(run=run, rows=rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("--samples", type=int, default=32)
+    p.add_argument("--work", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    work(args) if args.work else main(args)
