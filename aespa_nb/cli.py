@@ -129,8 +129,6 @@ def quantize(
             choices = (2, 3, 4, 8) if form == "gptq" else bit_allocation.CHOICES
             config = aespa_nb.auto_bits(model, calib, config, auto_bits, choices, progress=not quiet)
             print(bit_allocation.bits_text(config))
-        if team.size > 1 and hasattr(config, "shares"):
-            config = replace(config, shares=max(8, team.size))
         dtype = source.file_dtype(config)
         team.meet()
         team.broadcast((calib, config))

@@ -7,7 +7,7 @@ __all__ = ['app', 'MODEL', 'PRESETS_TEXT', 'KEEP', 'TEXT_SOURCES', 'Seqlen', 'Wi
            'option', 'set_up', 'command', 'Source', 'Changes', 'Recipe', 'window_length', 'Text', 'told', 'spelled_out',
            'one_line']
 
-# %% ../nbs/guides/89_options.ipynb #02278bf1
+# %% ../nbs/guides/89_options.ipynb #0fa0784a
 import inspect
 import os
 import sys
@@ -21,7 +21,7 @@ import typer
 import aespa_nb
 from .errors import AespaError
 
-# %% ../nbs/guides/89_options.ipynb #5e806668
+# %% ../nbs/guides/89_options.ipynb #e34763f1
 app = typer.Typer(
     help="Attention-aware post-training quantization of Transformers to 2-8 bits.",
     epilog="First time here? [bold]aespa_nb demo[/bold] needs no network. Each command has its own --help.",
@@ -90,7 +90,7 @@ def command(name: str, *examples: str, app: typer.Typer = app) -> Callable:
 
     return register
 
-# %% ../nbs/guides/89_options.ipynb #3f2d1051
+# %% ../nbs/guides/89_options.ipynb #c355c9bc
 MODEL = "A model folder, a name on the Hugging Face hub, or: reference (the bundled model)."
 
 
@@ -122,7 +122,7 @@ class Source:
         bits = max(b for b in (config.bits, *config.keep.values()) if b < 16)
         return found if isinstance(found, torch.dtype) and (found != torch.bfloat16 or bits < 8) else torch.float32
 
-# %% ../nbs/guides/89_options.ipynb #8849458a
+# %% ../nbs/guides/89_options.ipynb #4fefb10e
 PRESETS_TEXT = (
     "rtn (nearest code), gptq, zfold, adaround, aespa (the paper), best (ours, no gradients) and max (best, tuned); "
     "by others: awq, omniquant, affinequant, turboboa, brecq, signround"
@@ -163,7 +163,7 @@ class Recipe(Changes):
         more = {k: v for k, v in self.given().items() if k not in ("preset", "bits")}
         return aespa_nb.AespaConfig.preset(self.preset, self.bits, **more)
 
-# %% ../nbs/guides/89_options.ipynb #4186d4af
+# %% ../nbs/guides/89_options.ipynb #41f19376
 TEXT_SOURCES = (
     "wikitext2, c4, ptb, reference (bundled), org/name\\[/config]\\[:split\\[:column]] on the Hugging Face hub, "
     "a folder, or a .txt, .md, .jsonl, .json or .parquet file\\[:column]"
@@ -221,7 +221,7 @@ def told(said: dict) -> dict:
         print(f"aespa_nb: warning: {said['warning']}", file=sys.stderr)
     return said
 
-# %% ../nbs/guides/89_options.ipynb #df6aa515
+# %% ../nbs/guides/89_options.ipynb #db720f10
 Out = option(str, "Result", "Folder to write; must not exist or be empty.", show_default=False)
 Form = Literal["compressed-tensors", "gptq", "dense"]
 Format = option(
@@ -229,7 +229,7 @@ Format = option(
 )
 Quiet = option(bool, "Result", "Show no progress bars.", "--quiet")
 
-# %% ../nbs/guides/89_options.ipynb #3c49158d
+# %% ../nbs/guides/89_options.ipynb #7ca6ba87
 def spelled_out(words: list[str], group) -> list[str]:
     "`--bits 2 3` as `--bits 2 --bits 3`, for options of a command that take several values."
     params = getattr(group.commands.get(words[0] if words else ""), "params", ())

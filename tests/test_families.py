@@ -1,4 +1,4 @@
-"""Models of every family in tools/families.py, one that is written here, and random ones."""
+"""Models of every family in experiments/families.py, one that is written here, and random ones."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import families
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own

@@ -74,7 +74,7 @@ def results_table(rows: list[dict]) -> str:
     frame = pd.DataFrame([{key: form.format(r[key]) for key, form in forms.items()} for r in rows])
     return frame.rename(columns=dict(kl="KL", top1="top-1", megabytes="MB packed")).to_string(index=False)
 
-# %% ../../nbs/experiments/84_results.ipynb #cf946d65
+# %% ../../nbs/experiments/84_results.ipynb #dbc83330
 @contextlib.contextmanager
 def noted(what: str) -> Iterator[None]:
     "Makes an error within a note on standard error: `what` is missing then, and the rest goes on."
@@ -125,7 +125,7 @@ def write_results(
         for name, text in texts.items():
             write_file(folder / name, lambda new, text=text: new.write_text(text, encoding="utf-8"))
 
-# %% ../../nbs/experiments/84_results.ipynb #06276aa4
+# %% ../../nbs/experiments/84_results.ipynb #e70211c3
 def add_scores(folder: Path, full: dict, rounded: dict) -> None:
     "Adds two rows' scores to the model card, and to the facts that are kept with the checkpoint."
     facts = {"perplexity, full model": full["perplexity"], "perplexity": rounded["perplexity"]}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stored_tokenizer', 'load_model']
 
-# %% ../../nbs/export/74_loading.ipynb #e8eaff5c
+# %% ../../nbs/export/74_loading.ipynb #47828733
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ..data.text import load_reference
 from .checkpoint import read_quantized
 from ..model import checkpoint
 
-# %% ../../nbs/export/74_loading.ipynb #fddd31ef
+# %% ../../nbs/export/74_loading.ipynb #6df50df2
 def stored_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
     "The tokenizer of a folder that we wrote, if it has one."
     try:

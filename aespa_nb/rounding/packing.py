@@ -8,44 +8,26 @@ __all__ = ['pack', 'unpack', 'RoundedWeight']
 # %% ../../nbs/rounding/19_packing.ipynb #a0expkin
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from .grid import Grid, check_bits
-
-# %% ../../nbs/rounding/19_packing.ipynb #5bd7f951
-def _bits(x: Tensor, n: int) -> Tensor:
-    "The lowest `n` bits of each number, lowest first, along the last axis."
-    return (x[..., None] >> torch.arange(n)) & 1
-
-
-def _number(bits: Tensor) -> Tensor:
-    "The numbers that have these bits along the last axis, lowest first."
-    return (bits << torch.arange(bits.shape[-1])).sum(-1)
-
-# %% ../../nbs/rounding/19_packing.ipynb #3b294249
-def _to_words(codes: Tensor, bits: int) -> Tensor:
-    "The codes of a few rows as words."
-    stream = _bits(codes.long(), bits).flatten(-2)
-    stream = nn.functional.pad(stream, (0, -stream.shape[-1] % 32))
-    words = _number(stream.unflatten(-1, (-1, 32)))
-    return (words - ((words >> 31) << 32)).to(torch.int32)
-
-
-def _to_codes(words: Tensor, bits: int, inp: int) -> Tensor:
-    "The codes in a few rows of words."
-    stream = _bits(words.long(), 32).flatten(-2)[:, : inp * bits]
-    return _number(stream.unflatten(-1, (inp, bits))).to(torch.uint8)
 
 # %% ../../nbs/rounding/19_packing.ipynb #8757cd06
 def pack(
     codes: Int[Tensor, "rows inp"],  # 0 to 2**bits - 1
     bits: int,
 ) -> Int[Tensor, "rows words"]:  # int32; ceil(inp * bits / 32) words
-    "Each row's codes as one string of bits, lowest first, cut into words of 32."
+    "Each row's codes as one string of bits, lowest first, cut into words of 32; the last is filled up with zeros."
     check_bits(bits)
-    return torch.cat([_to_words(rows, bits) for rows in codes.split(128)])
+    inp, words = codes.shape[1], []
+    for rows in codes.to("cpu", torch.uint8).split(1024):
+        table = np.unpackbits(rows.numpy()[..., None], axis=-1, count=bits, bitorder="little")
+        string = np.pad(table.reshape(len(rows), -1), ((0, 0), (0, -inp * bits % 32)))
+        words.append(torch.from_numpy(np.packbits(string, axis=-1, bitorder="little").view("<i4")))
+    return torch.cat(words)
 
 # %% ../../nbs/rounding/19_packing.ipynb #2eee0bf9
 def unpack(
@@ -53,14 +35,18 @@ def unpack(
     bits: int,
     inp: int,  # codes in a row
 ) -> Int[Tensor, "rows inp"]:
-    "The codes that `pack` was given."
+    "The codes that `pack` was given, as uint8."
     check_bits(bits)
-    return torch.cat([_to_codes(rows, bits, inp) for rows in words.split(128)])
+    codes = []
+    for rows in words.cpu().contiguous().split(1024):
+        string = np.unpackbits(rows.numpy().view(np.uint8), axis=-1, count=inp * bits, bitorder="little")
+        codes.append(torch.from_numpy(np.packbits(string.reshape(-1, inp, bits), axis=-1, bitorder="little")[..., 0]))
+    return torch.cat(codes)
 
 # %% ../../nbs/rounding/19_packing.ipynb #0e758389
 @dataclass(frozen=True)
 class RoundedWeight:
-    "A rounded weight as it is kept: `W_hat = scale * (codes - zero) * zeta`, on the CPU, codes packed at their own bits."
+    "A rounded weight as it is kept, on the CPU, its codes packed: `W_hat = scale * (codes - zero) * zeta`."
 
     words: Int[Tensor, "out words"]  # `pack`ed codes
     grid: Grid  # scale and zero: [out groups]

@@ -1,0 +1,223 @@
+"""What a run costs: counted work against formulas, phases that sum up, an estimate beside what happens; memory."""
+
+import json
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, AespaError, quantize_model
+from aespa_nb.attention.forward import Rotations
+from aespa_nb.attention.gauss_newton import GaussNewtonStatistics, out_of_memory
+from aespa_nb.errors import UnsupportedModelError
+from aespa_nb.experiments.cost import (
+    SHAPES,
+    TOKEN_PHASES,
+    CostReport,
+    Estimate,
+    estimate_run,
+    flop_counter,
+    measure_cost,
+    measure_machine,
+    one_of_each,
+    random_model,
+    random_tokens,
+)
+from aespa_nb.model.checkpoint import load_checkpoint
+from aespa_nb.model.memory import block_need, explaining_memory
+from aespa_nb.quantize.config import PRESETS
+from aespa_nb.rounding.hessian import Gram
+from models import small
+
+PHASES = {*TOKEN_PHASES, "other", "survey", "target", "grid", "gptq", "descent", "adam", "tuning", "block"}
+
+
+def counted(f):
+    with torch.no_grad(), flop_counter() as counter:
+        f()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def reports():
+    "A run of every preset on two tiny blocks and 4 x 32 tokens."
+    quick = {preset: AespaConfig.preset(preset, 3, iterations=5) for preset in PRESETS}
+    run = lambda model, config: measure_cost(model, random_tokens(model, 4, 32), config)
+    return {preset: run(random_model("tiny", 2, 32), config) for preset, config in quick.items()}
+
+
+def test_the_counter_knows_what_we_use():
+    X, A = torch.randn(2, 5, 7), torch.eye(6).expand(2, 6, 6)
+    assert counted(lambda: Gram(5).add(X)) == 2 * 14 * 5 * 5
+    assert counted(lambda: torch.linalg.cholesky_ex(A)) == 2 * 6**3 / 3
+    assert counted(lambda: torch.linalg.solve_triangular(A, A, upper=False)) == 2 * 6**3
+    Q, K = torch.randn(1, 4, 9, 16), torch.randn(1, 4, 9, 16)
+    fused = torch.nn.functional.scaled_dot_product_attention
+    assert counted(lambda: fused(Q, K, K)) == counted(lambda: (Q @ K.mT).softmax(-1) @ K) == 4 * 4 * 9 * 9 * 16
+    assert measure_machine() > 1e8
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_phase_has_its_seconds(reports, preset):
+    report, whole = reports[preset], AespaConfig.preset(preset).method != "layers"  # rounds a block at once
+    assert set(report.seconds) <= PHASES and all(s >= 0 for s in report.seconds.values())
+    assert {"embed", "hand-over"} | ({"block"} if whole else {"forward", "hessians", "grid"}) <= set(report.seconds)
+    expected = {"gptq": "gptq", "adaround": "adam", "aespa": "attention", "best": "descent", "max": "tuning"}
+    assert preset not in expected or report.flops[expected[preset]] > 0
+    text = str(report)
+    assert "x floor" in text and "2 blocks, 128 tokens" in text and "hand-over" in text
+
+
+def test_counted_work_is_that_of_the_formulas(reports):
+    d, mlp, kv = SHAPES["tiny"]["hidden_size"], SHAPES["tiny"]["intermediate_size"], 32
+    linears, attention = 2 * (d * (2 * d + 2 * kv) + 3 * d * mlp), 4 * 32 * d
+    assert reports["gptq"].flops["hand-over"] == 2 * 128 * (linears + attention)
+    assert reports["gptq"].flops["hessians"] == 2 * 2 * 128 * (3 * d**2 + mlp**2)
+    for preset in ("aespa", "best"):  # the matrices of V are computed for each head
+        assert reports[preset].flops["attention"] > 2 * 4 * 4 * (2 * 32 * 32 * d + 2 * 32 * d * d)
+
+
+def test_a_whole_model_is_proportion():
+    seconds = dict(embed=1.0, forward=2.0, grid=3.0)
+    report = CostReport(seconds, dict(grid=30.0), speed=10.0, blocks=2, tokens=128, peak_bytes=0)
+    whole = report.whole(8, 1280)
+    assert whole.seconds == dict(embed=10.0, forward=80.0, grid=12.0) and whole.flops == dict(grid=120.0)
+    assert report.whole(2, 128) == report and "total           6.000" in str(report)
+
+
+def test_one_of_each_kind_and_everything_is_put_back():
+    model = random_model("tiny", 4, 16)
+    layers = model.model.layers
+    layers[2].mlp.up_proj = torch.nn.Linear(64, 176)  # with a bias
+    blocks, before = list(layers), [p.detach().clone() for p in model.parameters()]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    with pytest.raises(RuntimeError), one_of_each(model) as times:
+        assert {id(b) for b in layers} == {id(blocks[0]), id(blocks[2])}
+        assert times == pytest.approx(sum(sizes) / (sizes[0] + sizes[2]))
+        quantize_model(model, random_tokens(model, 2, 16), AespaConfig.preset("rtn", 2))
+        raise RuntimeError
+    assert [id(b) for b in layers] == [id(b) for b in blocks]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_bad_input_is_refused():
+    model = random_model("tiny", 1, 16)
+    for f, said in (
+        (lambda: random_model("llama-8b"), "unknown shape 'llama-8b'"),
+        (lambda: random_model("tiny", 0), "at least 1"),
+        (lambda: random_tokens(model, 0, 8), "samples"),
+        (lambda: random_tokens(model, 1, 17), "seqlen"),
+        (lambda: estimate_run(model, random_tokens(model, 2, 8), AespaConfig(keep={"magic": 4})), "magic"),
+    ):
+        with pytest.raises(AespaError, match=said):
+            f()
+
+
+@pytest.mark.parametrize("preset", ["gptq", "best", "awq"])
+def test_an_estimate_is_what_happens(preset, tmp_path):
+    small("llama").half().save_pretrained(tmp_path / "model")
+    model = load_checkpoint(str(tmp_path / "model"))[0]
+    tokens, heldout = torch.randint(0, 64, (128, 32)), torch.randint(0, 64, (8, 32))
+    config = AespaConfig.preset(preset, 4, iterations=40)
+    before = [p.detach().clone() for p in model.parameters()]
+    said = estimate_run(model, tokens, config, heldout, clock=time.process_time)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    start = time.process_time()
+    quantize_model(model, tokens, config, journal=tmp_path / "journal")
+    ratio = sum(s for name, s in said.seconds.items() if name != "evaluate") / (time.process_time() - start)
+    assert 1 / 3 < ratio < 3 and said.seconds["evaluate"] > 0  # the model is tiny: much of this is overhead
+    blocks = sum(p.nbytes for p in model.model.layers.parameters())
+    streams = 1 if preset == "gptq" else 2
+    assert said.temporary_bytes == blocks + streams * 128 * 32 * 32 * 4
+    assert said.memory_bytes > 2**27 and said.device_bytes == 0
+
+
+def test_an_estimate_says_what_is_short(monkeypatch, tmp_path):
+    sizes = dict(memory_bytes=2**30, device_bytes=0, out_bytes=3 * 2**30, temporary_bytes=2**20, trial_seconds=1.0)
+    said = Estimate(dict(grid=100.0, evaluate=200.0), **sizes, out=str(tmp_path / "new"))
+    free = lambda n: lambda *_: type("Free", (), dict(available=n, free=n))()
+    monkeypatch.setattr("psutil.virtual_memory", free(2**40))
+    monkeypatch.setattr("shutil.disk_usage", free(2**40))
+    assert said.shortages() == [] and "It fits" in str(said) and "5.0 min" in str(said)
+    monkeypatch.setattr("shutil.disk_usage", free(2**31))
+    assert "larger disk" in said.shortages()[0] and "It does not fit" in str(said)
+    monkeypatch.setattr("psutil.virtual_memory", free(-(2**40)))
+    assert "fewer samples don't help" in said.shortages()[0]
+
+
+def test_stored_growth_is_linear_in_time_and_flat_in_memory():
+    rows = json.loads(Path("nbs/runs/cost.json").read_text())
+    for preset in {r["preset"] for r in rows}:
+        own = [r for r in rows if r["preset"] == preset and r["shape"] == "medium" and r["seqlen"] == 128]
+        own.sort(key=lambda r: r["seqs"])
+        read = lambda r: sum(s for name, s in r["phases"].items() if name in TOKEN_PHASES)
+        growth = own[-1]["seqs"] / own[0]["seqs"]
+        assert 0.5 * growth < read(own[-1]) / read(own[0]) < 2 * growth
+        assert own[-1]["peak_bytes"] < 1.25 * own[0]["peak_bytes"]
+
+
+OUT_OF_MEMORY = {
+    "python": MemoryError(),
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "linux": RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you"),
+    "windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+}
+
+
+@pytest.mark.parametrize("system", OUT_OF_MEMORY)
+def test_out_of_memory_says_what_to_change(system):
+    model, error = small("llama"), OUT_OF_MEMORY[system]
+    for device, way in (("cpu", "more memory"), ("cuda:0", "--device cpu")):
+        with pytest.raises(AespaError, match=f"out of memory on {device}.*GiB.*{way}.*fewer samples do not help"):
+            with explaining_memory(model, 32, device, batch_size=2):
+                raise error
+    with pytest.raises(AespaError, match="batch_size=1"), explaining_memory(model, 32, "cpu", batch_size=2):
+        try:  # as `survey` passes it on
+            raise error
+        except (RuntimeError, MemoryError) as e:
+            raise UnsupportedModelError("the block fails by itself") from e
+
+
+def test_other_errors_stay_what_they_are():
+    for error in (RuntimeError("shapes"), UnsupportedModelError("no blocks")):
+        with pytest.raises(type(error), match=str(error)), explaining_memory(small("opt"), 32, "cpu"):
+            raise error
+    assert not out_of_memory(None)
+
+
+def test_need_is_about_what_a_run_takes():
+    model = random_model("tiny", 1, 48)
+    need = {objective: block_need(model, 48, objective) for objective in ("layer", "attention", "gauss-newton")}
+    report = quantize_model(model, random_tokens(model, 2, 48), AespaConfig.preset("best", 4))
+    assert need["layer"].statistics < need["attention"].statistics < need["gauss-newton"].statistics
+    assert need["gauss-newton"].weights == 3 * report.block_bytes
+    assert 0.5 < need["gauss-newton"].statistics / report.statistics_bytes < 3
+    assert block_need(model, 48, batch_size=3).temporaries == 3 * need["layer"].temporaries
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_statistics_survive_with_smaller_tiles(monkeypatch, rotated):
+    torch.manual_seed(0)
+    angles = torch.outer(torch.arange(24.0), torch.rand(4)).T.repeat(2, 1)
+    R = Rotations(angles.cos(), angles.sin()) if rotated else None
+    X, Q, K, V = torch.randn(2, 16, 24), torch.randn(2, 4, 8, 24), torch.randn(2, 2, 8, 24), torch.randn(2, 2, 8, 24)
+    A = torch.rand(2, 4, 24, 24).tril().softmax(-1)
+    make = lambda: GaussNewtonStatistics(4, 2, 8, 16, R, stride=2, coarse=1, dtype=torch.float64)
+    whole, parts, real = make(), make(), torch.Tensor.addmm_
+    whole.add(X, Q, K, V, A)
+
+    def stingy(total, a, b, **options):
+        if a.shape[1] > 100 and total.shape == (8, 8):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(total, a, b, **options)
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", stingy)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        parts.add(X, Q, K, V, A)
+    assert any("out of memory in a tile of 12 queries: on with 6" in str(w.message) for w in said)
+    for role, loss in whole.losses().items():
+        assert torch.allclose(loss.H, parts.losses()[role].H) and (
+            loss.G is None or torch.allclose(loss.G, parts.losses()[role].G)
+        )
