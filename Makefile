@@ -4,6 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
+OPEN := MIT;BSD;Apache;PSF;Python Software Foundation;ISC;MPL-2.0;CNRI-Python;Zlib;CC0-1.0;BSL-1.0;0BSD
 
 help:
 	@echo "aespa_nb: attention-aware quantization, taught by the notebooks it is built from"
@@ -11,7 +12,7 @@ help:
 	@echo "  make demo             quantize the bundled model to 2 and 3 bits and compare the methods (into build/demo)"
 	@echo "  make lab              open the tour and the chapters in JupyterLab (as root: ARGS=--allow-root)"
 	@echo "  make docs             build the site (docs/_build/html/index.html)"
-	@echo "  make test             everything CI checks, some 20 minutes on 2 cores"
+	@echo "  make test             everything CI checks, some 15 minutes on 2 cores"
 	@echo
 	@echo "After an edit in nbs/:"
 	@echo "  make export           notebooks -> library and README"
@@ -19,31 +20,32 @@ help:
 	@echo "                        (make notebooks NBS=nbs/rounding/13_gptq.ipynb for one)"
 	@echo
 	@echo "Seldom:"
-	@echo "  make train-reference  train the bundled model again (hours on a CPU)"
-	@echo "  make campaign         repeat the long measurements behind chapters 10 and 32 (hours on a CPU)"
-	@echo "  make comparison       run what is missing of the chapter on the comparison's comparison (a day on a CPU)"
-	@echo "  make faults           kill runs, fill disks, damage files, for the chapter on faults (an hour; the disks need root)"
-	@echo "  make hostile          of these, only damaged files and hostile input, 47 kinds (ten minutes)"
-	@echo "  make torture          round damaged models with every preset (half an hour on a CPU)"
-	@echo "  make arithmetic       the same runs with other processors' arithmetic, for the chapter on faults (half an hour on a CPU)"
-	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"
+	@echo "  make records          measure again what is stale in nbs/runs (up to days on a CPU;"
+	@echo "                        ARGS=--list names it, ARGS='bits texts' makes only these)"
+	@echo "  make reference        train the bundled model again (hours on a CPU)"
 	@echo "  make constraints      pin the versions that are installed now"
+	@echo "  make audit            licences, known vulnerabilities and an SBOM of what users install (network)"
 	@echo "  make clean            remove what was built; .venv stays"
+
+# --- for readers ----------------------------------------------------------------------------------------------------
 
 demo: $(RUN)
 	@rm -rf build/demo
 	$(PY) -m aespa_nb demo --out build/demo
 
-test: $(DEV)
-	@$(PY) tools/run_checks.py
+lab: $(DEV)
+	MATPLOTLIBRC=$(CURDIR)/tools/matplotlibrc $(PY) -m jupyterlab --notebook-dir=nbs \
+	  --LabApp.default_url=/lab/tree/start/00_tour.ipynb $(ARGS)
 
 docs: $(DEV)
 	@rm -rf docs/_build/html
 	$(PY) -m sphinx -q -E -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
-lab: $(DEV)
-	MATPLOTLIBRC=$(CURDIR)/tools/matplotlibrc $(PY) -m jupyterlab --notebook-dir=nbs --LabApp.default_url=/lab/tree/tour.ipynb $(ARGS)
+# --- for authors ----------------------------------------------------------------------------------------------------
+
+test: $(DEV)
+	@$(PY) tools/run_checks.py
 
 export: $(DEV)
 	.venv/bin/nbdev_export
@@ -55,48 +57,31 @@ notebooks: $(DEV)
 	$(PY) tools/run_nbs.py $(NBS)
 	$(MAKE) export
 
-train-reference: $(DEV)
+# --- seldom ---------------------------------------------------------------------------------------------------------
+
+records: $(DEV)
+	OMP_NUM_THREADS=1 $(PY) experiments/records.py $(ARGS)
+
+reference: $(DEV)
 	set -e; for step in fetch corpus tokens "train --minutes 44" \
-	  "train --minutes 66 --init build/reference/first" finish; do $(PY) tools/train_reference.py $$step; done
-
-campaign: $(DEV)
-	$(PY) tools/campaign.py ablations
-	$(PY) tools/campaign.py precompute
-	$(PY) tools/campaign.py layers
-
-METHODS := rtn awq omniquant affinequant gptq zfold turboboa adaround brecq signround aespa best max
-comparison: $(DEV)
-	OMP_NUM_THREADS=1 $(PY) -m aespa_nb compare reference --presets $(METHODS) --bits 2 3 4 --group-sizes 0 64 \
-	  --seeds 0 1 2 --samples 64 --eval-samples 128 --out nbs/runs/compare-reference
-
-faults: $(DEV)
-	$(PY) tools/faults.py kills --count 300
-	$(PY) tools/faults.py kills --count 100 --ranks 2
-	$(PY) tools/faults.py disk --count 30
-	$(MAKE) hostile
-
-torture: $(DEV)
-	OMP_NUM_THREADS=1 $(PY) tools/torture.py
-
-hostile: $(DEV)
-	OMP_NUM_THREADS=1 $(PY) tools/hostile.py
-
-arithmetic: $(DEV)
-	$(PY) tools/arithmetic.py
-
-# In an environment of their own: these tools are no part of ours.
-audit: $(RUN)
-	$(PY) tools/supply.py check
-	$(PYTHON) -m venv build/audit
-	build/audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.7" "cyclonedx-bom>=5"
-	$(PY) tools/supply.py pins > build/audit/runtime.txt
-	build/audit/bin/pip-audit --requirement build/audit/runtime.txt --no-deps --disable-pip
-	build/audit/bin/cyclonedx-py requirements build/audit/runtime.txt --pyproject pyproject.toml -o build/audit/sbom.json
-	@echo "The bill of materials is in build/audit/sbom.json"
+	  "train --minutes 66 --init build/reference/first" finish; do $(PY) experiments/train_reference.py $$step; done
 
 constraints: $(DEV)
-	$(PY) tools/freeze.py
-	$(PY) tools/supply.py licences
+	echo "# The exact set that CI uses, for Python 3.11 and newer: make constraints" > constraints.txt
+	$(PY) -m pip list --format=freeze --exclude aespa_nb --exclude pip | sed 's/+.*//' >> constraints.txt
+
+# What a user's installation holds. The tools that look at it have an environment of their own.
+audit:
+	$(PYTHON) tools/install.py --venv build/user
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install -q --disable-pip-version-check pip-audit pip-licenses cyclonedx-bom
+	build/audit/bin/pip-licenses --python build/user/bin/python --ignore-packages aespa_nb pip setuptools \
+	  --partial-match --allow-only "$(OPEN)" --format markdown --output-file build/audit/licences.md
+	{ sed '/^|/,$$d' docs/licences.md; cat build/audit/licences.md; } > build/audit/page.md
+	mv build/audit/page.md docs/licences.md
+	build/audit/bin/pip-audit --skip-editable --path $$(build/user/bin/python -c 'import site; print(site.getsitepackages()[0])')
+	build/audit/bin/cyclonedx-py environment build/user/bin/python --pyproject pyproject.toml -o build/audit/sbom.json
+	@echo "Licences: docs/licences.md. Bill of materials: build/audit/sbom.json"
 
 clean:
 	rm -rf build docs/_build docs/nbs docs/api/generated
@@ -111,4 +96,4 @@ $(DEV): $(RUN)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lab export notebooks train-reference campaign comparison faults torture hostile arithmetic audit constraints clean
+.PHONY: help demo lab docs test export notebooks records reference constraints audit clean

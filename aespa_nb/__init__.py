@@ -13,7 +13,7 @@ _HOME = {
     "data.text": ["calibration_tokens", "evaluation_tokens", "load_reference"],
     "data.scores": ["evaluate_model", "kl_divergence", "perplexity"],
     "export.checkpoint": ["export_model", "read_quantized"],
-    "cli": ["load_model"],
+    "export.loading": ["load_model"],
     "errors": ["AespaError", "NumericalError", "UnsupportedModelError"],
 }
 __all__ = [name for names in _HOME.values() for name in names]

@@ -7,7 +7,7 @@ __all__ = ['AespaError', 'NumericalError', 'UnsupportedModelError']
 
 # %% ../nbs/start/06_errors.ipynb #2ac4f6f2
 class AespaError(ValueError):
-    "Something that the caller can mend; the message says how."
+    "The caller asked for something that cannot be done; the message says what to change."
 
 
 class NumericalError(AespaError):

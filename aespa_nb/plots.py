@@ -6,6 +6,9 @@
 __all__ = ['COLOURS', 'use_style', 'plot_layers', 'plot_comparison']
 
 # %% ../nbs/start/07_plots.ipynb #398757bc
+import re
+from math import isnan, nan
+from statistics import fmean as mean
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -46,23 +49,26 @@ def use_style() -> None:
 
 # %% ../nbs/start/07_plots.ipynb #405e1631
 def plot_layers(report: "QuantReport") -> Figure:
-    "Heat map, blocks by projections: each layer's loss divided by its loss under round-to-nearest."
-    blocks, names, ratio = [], [], {}
+    "Heat map, blocks by kinds of linears: the loss divided by that of round-to-nearest; empty where there is none."
+    found = {}
     for name, r in report.layers.items():
-        path, linear = name.rsplit(".", 1)
-        block = next(part for part in path.split(".") if part.isdigit())
-        blocks, names = list(dict.fromkeys([*blocks, block])), list(dict.fromkeys([*names, linear]))
-        ratio[block, linear] = r.loss / r.loss_rtn if r.loss_rtn else 1.0
+        block = re.match(r".*?\.\d+(?=\.)|", name)[0]  # up to the first number: the stack, and the place in it
+        ratio = r.loss / r.loss_rtn if r.loss_rtn else 1.0
+        found.setdefault((block, name.rpartition(".")[2]), []).append(ratio)
+    blocks, names = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+    ratios = [[mean(found.get((b, n), [nan])) for n in names] for b in blocks]
+    one_stack = len({b.rpartition(".")[0] for b in blocks}) == 1
     fig, ax = plt.subplots(figsize=(1 + 0.9 * len(names), 1.4 + 0.32 * len(blocks)))
-    image = ax.imshow([[ratio[b, n] for n in names] for b in blocks], vmin=0, vmax=1, aspect="auto")
+    image = ax.imshow(ratios, vmin=0, vmax=1, aspect="auto")
     ax.set_xticks(range(len(names)), names)
-    ax.set_yticks(range(len(blocks)), blocks)
+    ax.set_yticks(range(len(blocks)), [b.rpartition(".")[2] if one_stack else b for b in blocks])
     ax.set(ylabel="block", title="Loss that is left of round-to-nearest's, layer by layer")
     ax.grid(False)
-    for i, b in enumerate(blocks):
-        for j, n in enumerate(names):
-            ink = "white" if ratio[b, n] < 0.6 else "black"
-            ax.text(j, i, f"{ratio[b, n]:.2f}", ha="center", va="center", fontsize=8, color=ink)
+    for i, row in enumerate(ratios):
+        for j, ratio in enumerate(row):
+            if not isnan(ratio):
+                ink = "white" if ratio < 0.6 else "black"
+                ax.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color=ink)
     fig.colorbar(image, ax=ax, pad=0.02)
     return fig
 

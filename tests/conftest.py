@@ -1,5 +1,7 @@
 """What every test stands on: the repository as current folder, one thread, no network for the hub."""
 
+import contextlib
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +19,15 @@ os.environ.setdefault("MPLBACKEND", "agg")
 @pytest.fixture(autouse=True)
 def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def task():
+    "Makes tasks of rounding a block (`blocks.new_task`); what they hold is freed in the end."
+    from blocks import new_task
+
+    with contextlib.ExitStack() as stack:
+        yield functools.partial(new_task, stack)
 
 
 @pytest.fixture(scope="session")

@@ -1,26 +1,16 @@
 "AffineQuant: the function stays, the matrices stay invertible, without them it is OmniQuant."
 
-import contextlib
-import copy
-
 import pytest
 import torch
-from models import MODELS, small
+from blocks import error
+from models import MODELS
 from torch.testing import assert_close
 
-from aespa_nb.quantize.config import AespaConfig
-from aespa_nb.quantize.model import quantize_model
+from aespa_nb.baselines import affinequant as module
 from aespa_nb.baselines.affinequant import AffineLinears, affinequant, dominant, gradual_mask, mix_values, unmix_output
 from aespa_nb.baselines.omniquant import omniquant
-from aespa_nb.model.blocks import stacks_of
-from aespa_nb.model.capture import capturing
-from aespa_nb.model.stream import BlockStream
-from aespa_nb.model.blocks import linears_of
-from aespa_nb.rounding.grid import minmax_grid
-from aespa_nb.errors import AespaError, NumericalError
-from aespa_nb.model.block_tuning import BlockTask, block_error
+from aespa_nb.model.block_tuning import block_error
 
-KINDS = list(MODELS)
 PAIRS = {
     "llama": ("self_attn.v_proj", "self_attn.o_proj"),
     "mha": ("self_attn.v_proj", "self_attn.o_proj"),
@@ -28,23 +18,6 @@ PAIRS = {
     "neox": ("attention.query_key_value", "attention.dense"),
     "bloom": ("self_attention.query_key_value", "self_attention.dense"),
 }
-TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def task():
-    with contextlib.ExitStack() as stack:
-
-        def make(kind="llama", bits=2, dtype=torch.float32, **options):
-            model = small(kind, dtype)
-            stack.enter_context(capturing(model))
-            block = model.get_submodule(stacks_of(model)[0])[0]
-            stream, full = (stack.enter_context(contextlib.closing(BlockStream(model, TOKENS))) for _ in range(2))
-            full.run(block, keep=True)
-            options, names = {"iterations": 40, **options}, linears_of(block)
-            return BlockTask(model, block, dict.fromkeys(names, bits), stream, full.hidden, **options)
-
-        yield make
 
 
 def randomize(linears, size=0.05):
@@ -56,26 +29,7 @@ def randomize(linears, size=0.05):
         m.log_d.data = 0.3 * torch.randn(m.log_d.shape, generator=generator).to(m.log_d)
 
 
-def rtn_error(task):
-    weight = lambda n: task.block.get_submodule(n).weight
-    nearest = lambda W, b: minmax_grid(W, b, task.group_size, task.symmetric).round(W)
-    rounded = {f"{n}.weight": nearest(weight(n), b) for n, b in task.bits.items()}
-    return block_error(task.block, task.stream, task.target, rounded)
-
-
-def check_codes(task, rounded):
-    assert rounded.keys() == task.bits.keys()
-    for n, (grid, zeta) in rounded.items():
-        W = task.block.get_submodule(n).weight
-        scale, zero = grid.expand(W.shape[1])
-        codes = W / zeta / scale + zero
-        assert_close(codes, codes.round(), rtol=0, atol=1e-3)
-        assert codes.round().min() >= 0 and codes.round().max() <= grid.max_code
-        assert grid.scale.shape[-1] == (W.shape[1] // task.group_size if task.group_size else 1)
-        assert not task.symmetric or (grid.zero == 2 ** (grid.bits - 1)).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODELS)
 def test_the_function_stays(task, kind):
     t = task(kind, dtype=torch.float64)
     linears = AffineLinears(t, 0.25)
@@ -122,8 +76,6 @@ def test_the_mask_opens_as_a_band():
 
 
 def test_dominance_holds_after_each_step(task, monkeypatch):
-    from aespa_nb.baselines import affinequant as module
-
     seen, plain = [], module.dominant
     spy = lambda *args: seen.append(plain(*args)) or seen[-1]
     monkeypatch.setattr(module, "dominant", spy)
@@ -139,77 +91,20 @@ def test_dominance_holds_after_each_step(task, monkeypatch):
 def test_without_the_matrix_it_is_omniquant(task, kind):
     "Diagonal matrices are per-input scales of the output projection."
     one, other = task(kind, iterations=12), task(kind, iterations=12)
-    omni = omniquant(one, alpha=0.25)
-    affine = affinequant(other, alpha=0.25, mix=False)
-    o, v = PAIRS[kind][1], PAIRS[kind][0]
-    ours, theirs = (block_error(t.block, t.stream, t.target) for t in (other, one))
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    omni, affine, (v, o) = omniquant(one), affinequant(other, mix=False), PAIRS[kind]
+    assert error(other, affine) == pytest.approx(error(one, omni), rel=1e-3)
     assert_close(omni[v].grid.zero, affine[v].grid.zero)
-    ratio = (one.block.get_submodule(v).weight / other.block.get_submodule(v).weight).nanmedian(1).values
-    assert_close(other.block.get_submodule(o).weight / ratio, one.block.get_submodule(o).weight, rtol=1e-3, atol=1e-4)
+    ratio = (omni[v].weight() / affine[v].weight()).nanmedian(1).values
+    assert_close(affine[o].weight() / ratio, omni[o].weight(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_better_than_nearest_at_two_bits(task, kind):
-    t = task(kind)
-    rtn, rounded = rtn_error(t), affinequant(t)
-    assert block_error(t.block, t.stream, t.target) < 0.8 * rtn
-    check_codes(t, rounded)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits, group_size", [(2, 8), (3, None), (4, 16)])
-def test_codes_are_on_the_grid(task, bits, group_size, symmetric):
-    t = task("mha", bits, group_size=group_size, symmetric=symmetric, iterations=5)
-    check_codes(t, affinequant(t))
-
-
-def test_what_is_kept_stays(task):
+def test_with_its_partner_kept_a_linear_keeps_its_basis(task):
     said = []
     t = task("mha", announce=said.append)
     del t.bits["self_attn.o_proj"]
-    old = copy.deepcopy(t.block.state_dict())
-    check_codes(t, affinequant(t))
-    assert torch.equal(t.block.self_attn.o_proj.weight, old["self_attn.o_proj.weight"])
-    assert torch.equal(t.block.self_attn.v_proj.bias, old["self_attn.v_proj.bias"])
+    bias = t.block.self_attn.v_proj.bias.clone()
+    assert affinequant(t).keys() == t.bits.keys() and torch.equal(t.block.self_attn.v_proj.bias, bias)
     assert said[0].startswith("per-input scales only")
-
-
-def test_same_seed_same_weights(task):
-    runs = []
-    for seed in (0, 0, 1):
-        t = task(seed=seed, iterations=10)
-        affinequant(t)
-        runs.append(torch.cat([p.flatten() for p in t.block.parameters()]))
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-
-
-@pytest.mark.parametrize("options", [dict(lr=-1.0), dict(iterations=0)])
-def test_bad_options_are_refused_and_the_block_stays(task, options):
-    t = task("mha", **options)
-    old = copy.deepcopy(t.block.state_dict())
-    with pytest.raises(AespaError, match="needs"):
-        affinequant(t)
-    assert all(torch.equal(v, old[k]) for k, v in t.block.state_dict().items())
-
-
-def test_nan_and_groups_that_do_not_fit_are_refused(task):
-    t = task()
-    t.target = t.target * float("nan")
-    with pytest.raises(NumericalError, match="NaN or Inf"):
-        affinequant(t)
-    with pytest.raises(AespaError, match="does not divide"):
-        affinequant(task(group_size=7))
-
-
-@pytest.mark.parametrize("kind", ["llama", "neox"])
-def test_the_preset_rounds_a_model(kind):
-    model = small(kind)
-    report = quantize_model(model, TOKENS, AespaConfig.preset("affinequant", 3, iterations=5))
-    assert len(report.layers) == sum(len(linears_of(b)) for b in model.get_submodule(stacks_of(model)[0]))
-    for r in report.layers.values():
-        assert_close(r.grid.values(r.codes.float()) * r.zeta, r.weight, rtol=1e-4, atol=1e-5)
-    assert torch.isfinite(model(TOKENS).logits).all()
 
 
 def test_mixing_and_unmixing_are_inverse():

@@ -1,92 +1,120 @@
-"""The command line: what it writes, what it refuses, and that it never leaves half a result."""
+"""The command line: what it writes, what it refuses, and that it never loses work or leaves half a result."""
 
 import json
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
-from aespa_nb.cli import load_model, main
-from aespa_nb.quantize.journal import check_free, complete_folder
+from aespa_nb import load_model, load_reference
+from aespa_nb.cli import main
 from aespa_nb.errors import AespaError
-from safetensors.torch import load_file, save_file
+from aespa_nb.export.formats import FORMATS
+from aespa_nb.options import PRESETS_TEXT, Form, Recipe, Source, Text
+from aespa_nb.quantize.config import PRESETS
+from aespa_nb.quantize.journal import check_free, complete_folder
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-SHORT = ["--samples", "4", "--eval-samples", "4", "--iterations", "5", "--quiet"]
+SHORT = "--samples 4 --eval-samples 4 --iterations 5 --quiet".split()
+RTN = "quantize reference --preset rtn --bits 4 --samples 2 --seqlen 64 --eval-samples 2 --quiet --out".split()
 
 
 @pytest.fixture(scope="module")
-def local_model(tmp_path_factory):
-    "A LLaMA folder with the bundled tokenizer, and a text."
+def local(tmp_path_factory):
+    "A LLaMA folder with the bundled tokenizer, and the words that calibrate it with a text."
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     sizes = dict(vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64)).save_pretrained(folder)
-    load_model("reference")[1].save_pretrained(folder)
+    load_reference().tokenizer.save_pretrained(folder)
     (folder / "text.txt").write_text("A tensor is an array that knows its shape, its dtype and its device. " * 80)
-    return folder
+    return str(folder), ["--calibration", str(folder / "text.txt"), *SHORT]
 
 
-def test_quantize_writes_a_checkpoint_that_stock_transformers_loads(local_model, tmp_path, capsys):
+def test_quantize_writes_a_checkpoint_that_stock_transformers_loads(local, tmp_path, capsys):
     out = tmp_path / "out"
-    text = str(local_model / "text.txt")
-    words = ["--bits", "3", "--calibration", text, "--format", "dense", *SHORT]
-    assert main(["quantize", str(local_model), *words, "--out", str(out)]) == 0
+    assert main(["quantize", local[0], "--bits", "3", *local[1], "--format", "dense", "--out", str(out)]) == 0
     assert "perplexity" in capsys.readouterr().out
-    model = AutoModelForCausalLM.from_pretrained(out)
-    stored = load_file(out / "quantization.safetensors")
-    name = "model.layers.0.self_attn.q_proj"
+    stored, name = load_file(out / "quantization.safetensors"), "model.layers.0.self_attn.q_proj"
     codes, scale, zero, zeta = (stored[f"{name}.{k}"].float() for k in ("codes", "scale", "zero", "zeta"))
-    assert torch.allclose(scale * (codes - zero) * zeta, model.get_submodule(name).weight, atol=1e-6)
-    assert {"report.html", "layers.svg", "results.json", "results.csv", "tokenizer.json"} <= {
-        f.name for f in out.iterdir()
-    }
-    page = (out / "report.html").read_text()
-    assert "<svg" in page and not re.search(r'(src|href)="http', page)
+    weight = AutoModelForCausalLM.from_pretrained(out).get_submodule(name).weight
+    assert torch.allclose(scale * (codes - zero) * zeta, weight, atol=1e-6)
+    assert {"layers.svg", "comparison.svg", "results.csv", "tokenizer.json"} <= {f.name for f in out.iterdir()}
+    page, rows = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())["rows"]
+    assert page.count("<svg") == 2 and not re.search(r'(src|href)="http', page)
+    card, facts = (out / "README.md").read_text(), json.loads((out / "quantization.json").read_text())["export"]["facts"]
+    assert f"| perplexity | {rows[1]['perplexity']:.4g} |" in card and facts["perplexity"] == rows[1]["perplexity"]
+
+
+def test_a_layer_kept_in_one_block_only(tmp_path):
+    out = tmp_path / "out"
+    assert main([*RTN, str(out), "--keep", "layers.0.mlp.down_proj=16"]) == 0
+    assert "layers.0.mlp.down_proj" not in json.loads((out / "quantization.json").read_text())["export"]["bits"]
+    assert (out / "layers.svg").exists() and (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("part, without", [("plot_layers", "layers.svg"), ("evaluate_model", "comparison.svg")])
+def test_what_fails_after_the_work_is_a_note(part, without, tmp_path, monkeypatch, capsys):
+    def fails(*args, **more):
+        raise KeyError(part)
+
+    monkeypatch.setattr(f"aespa_nb.experiments.results.{part}", fails)
+    assert main([*RTN, str(tmp_path / "out")]) == 0
+    assert f"KeyError: '{part}'" in capsys.readouterr().err and not (tmp_path / "out" / without).exists()
+    load_model(str(tmp_path / "out"))
+    assert main([*RTN, str(tmp_path / "out"), "--resume"]) == 0
 
 
 def test_demo_compares_and_saves(tmp_path, capsys):
-    out = tmp_path / "demo"
     words = "demo --bits 3 --presets rtn aespa --samples 2 --eval-samples 4 --iterations 2 --quiet --out".split()
-    assert main([*words, str(out)]) == 0
-    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert main([*words, str(tmp_path / "demo")]) == 0
+    rows = json.loads((tmp_path / "demo/results.json").read_text())["rows"]
     assert [(r["method"], r["bits"]) for r in rows] == [("full", 16), ("rtn", 3), ("aespa", 3)]
-    assert (out / "checkpoint/model.safetensors").exists() and "checkpoint" in capsys.readouterr().out
+    assert (tmp_path / "demo/checkpoint/model.safetensors").exists() and "checkpoint" in capsys.readouterr().out
 
 
-def test_eval_of_a_model_against_itself(local_model, capsys):
-    text = str(local_model / "text.txt")
-    assert main(["eval", str(local_model), "--reference", str(local_model), "--data", text]) == 0
+def test_eval_of_a_model_against_itself(local, capsys):
+    assert main(["eval", local[0], "--reference", local[0], "--data", local[1][1]]) == 0
     assert "KL" in (printed := capsys.readouterr().out) and "0.0000 nats" in printed and "100.0%" in printed
 
 
-USAGE = {
-    "bits": (["quantize", "reference", "--bits", "1"], "2 to 8"),
-    "preset": (["quantize", "reference", "--preset", "magic"], "choose one of"),
-    "group": (["quantize", "reference", "--group-size", "7"], "does not divide"),
-    "seqlen": (["quantize", "reference", "--seqlen", "100000"], "exceeds"),
-    "model": (["quantize", "./not/there"], "no model folder"),
-    "name": (["quantize", "my_modle"], "is no folder here"),
-    "text": (["quantize", "reference", "--calibration", "not-there.txt"], "no text at"),
-    "samples": (["quantize", "reference", "--samples", "0"], "samples"),
-    "compare": (["compare", "reference", "--bits", "2", "12", "--presets", "rtn"], "2 to 8"),
+WRONG = {
+    "quantize reference --bits 1": "2 to 8",
+    "quantize reference --bits three": "--bits",
+    "quantize reference --samples 0": "--samples",
+    "quantize reference --samples 99999999999": "out of range",
+    "quantize reference --preset magic": "choose one of",
+    "quantize reference --format zip": "compressed-tensors",
+    "quantize reference --keep mlp": "PART=BITS",
+    "quantize reference --group-size 7": "does not divide",
+    "quantize reference --seqlen 100000": "exceeds",
+    "quantize ./not/there": "no model folder",
+    "quantize my_modle": "is no folder here",
+    "quantize reference --calibration not-there.txt": "no text at",
+    "quantize reference --device nonsense": "--device nonsense can't be used here",
+    "quantize reference --device meta": "--device meta can't be used here",
+    "quantize reference --device cuda:77": "--device cuda:77 can't be used here",
+    "compare reference --bits 2 12 --presets rtn": "2 to 8",
+    "compare reference --sampels 8": "No such option: --sampels",
+    "nonsense": "No such command 'nonsense'",
 }
 
 
-@pytest.mark.parametrize("case", USAGE)
-def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys):
-    words, message = USAGE[case]
-    assert main([*words, "--quiet", "--out", str(tmp_path / "out")]) == 2
+@pytest.mark.parametrize("words", WRONG)
+def test_bad_input_is_one_line_and_exit_code_2(words, tmp_path, capsys):
+    assert main([*words.split(), "--quiet", "--out", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1 and printed.startswith("aespa_nb: error: ")
+    assert WRONG[words] in printed and printed.count("\n") == 1 and printed.startswith("aespa_nb: error: ")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_option_of_another_command_is_named(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["eval", "reference", "--reference", "reference", "--samples", "8"])
-    assert "eval knows no --samples 8: see aespa_nb eval --help" in capsys.readouterr().err
+def test_an_option_of_another_command_points_to_the_help(capsys):
+    assert main(["eval", "reference", "--reference", "reference", "--samples", "8"]) == 2
+    said = capsys.readouterr().err
+    assert "No such option: --samples" in said and "see aespa_nb eval --help" in said
 
 
 def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
@@ -104,11 +132,18 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_run_is_not_another_one(local_model, tmp_path, capsys):
+def test_a_stopped_run_goes_on_and_a_finished_one_is_not_another(local, tmp_path, monkeypatch, capsys):
     "`--resume` on a result asks whether it is the result of this run; nothing is loaded for that."
-    text, out = str(local_model / "text.txt"), tmp_path / "out"
-    words = ["quantize", str(local_model), "--calibration", text, *SHORT, "--preset", "rtn", "--out", str(out)]
-    assert main(words) == 0
+    out, words = tmp_path / "out", ["quantize", local[0], *local[1], "--preset", "rtn", "--out", str(tmp_path / "out")]
+
+    def stopped(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr("aespa_nb.experiments.results.evaluate_model", stopped)
+        assert main(words) == 130
+    assert "stopped; finished blocks are kept" in capsys.readouterr().err and not (out / "config.json").exists()
+    assert main([*words, "--resume"]) == 0
     (out / ".finished").mkdir()  # what a kill in the last moment leaves
     assert main([*words, "--resume", "--quiet"]) == 0
     assert "complete: nothing to do" in capsys.readouterr().out and not (out / ".finished").exists()
@@ -119,85 +154,81 @@ def test_a_finished_run_is_not_another_one(local_model, tmp_path, capsys):
     assert "results.json is damaged" in capsys.readouterr().err
 
 
-def test_shares_are_known_to_who_goes_on_even_before_the_first_block(local_model, tmp_path, monkeypatch, capsys):
-    text, out = str(local_model / "text.txt"), tmp_path / "out"
-    words = ["quantize", str(local_model), "--calibration", text, *SHORT, "--preset", "rtn", "--out", str(out)]
-    monkeypatch.setattr("aespa_nb.quantize.journal._tidy", lambda *args: None)  # as if it were killed
+def test_out_of_memory_is_one_line_and_a_mistake_of_ours_is_not(monkeypatch, capsys):
+    errors = iter([RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."), KeyError("x")])
 
-    def stopped(*args, **more):
-        raise KeyboardInterrupt
+    def fails(*args, **more):
+        raise next(errors)
 
-    with monkeypatch.context() as m:
-        m.setattr("aespa_nb.cli.evaluate_model", stopped)
-        assert main([*words, "--shares", "2"]) == 130
-    assert main([*words, "--resume"]) == 0
-    assert json.loads((out / "quantization.json").read_text())["config"]["shares"] == 2
-    capsys.readouterr()
-
-
-@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:77"])
-def test_a_device_that_is_not_there(device, tmp_path, capsys):
-    assert main(["quantize", "reference", *SHORT, "--device", device, "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert f"--device {device} can't be used here" in said and said.count("\n") == 1
-
-
-def test_out_of_memory_is_one_line(monkeypatch, capsys):
-    def too_much(*args, **more):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-
-    monkeypatch.setattr("aespa_nb.cli.evaluate_model", too_much)
+    monkeypatch.setattr("aespa_nb.data.scores.evaluate_model", fails)
     assert main(["eval", "reference", "--eval-samples", "1"]) == 2
     said = capsys.readouterr().err
     assert "can't allocate memory" in said and "--seqlen" in said and said.count("\n") == 1
+    with pytest.raises(KeyError):
+        main(["eval", "reference", "--eval-samples", "1"])
 
 
-def test_damaged_and_pickled_checkpoints_are_refused(local_model, tmp_path, capsys):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for f in local_model.iterdir():
-        (broken / f.name).write_bytes(f.read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    words = [
-        "quantize",
-        str(broken),
-        "--calibration",
-        str(local_model / "text.txt"),
-        *SHORT,
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert main(words) == 2
-    assert "NaN" in capsys.readouterr().err
-    (broken / "model.safetensors").unlink()
-    torch.save(weights, broken / "pytorch_model.bin")
+def test_damaged_and_pickled_checkpoints_are_refused(local, tmp_path, capsys):
+    model = LlamaForCausalLM.from_pretrained(local[0])
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    load_reference().tokenizer.save_pretrained(tmp_path / "broken")
+    words = ["quantize", str(tmp_path / "broken"), *local[1], "--out", str(tmp_path / "out")]
+    assert main(words) == 2 and "NaN" in capsys.readouterr().err
+    (tmp_path / "broken/model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "broken/pytorch_model.bin")
     assert main(words) == 2
     assert "could not be loaded" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "compare", "demo"])
-def test_help_teaches(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0 and len(capsys.readouterr().out.splitlines()) > 8
-
-
 @pytest.mark.parametrize("form", ["dense", "compressed-tensors"])
-def test_a_rounded_model_is_not_rounded_again(form, local_model, tmp_path, capsys):
+def test_a_rounded_model_is_not_rounded_again(form, local, tmp_path, capsys):
     "Unpacked while loading it looks like any other; what it lost would count as nothing."
-    text, out = ["--calibration", str(local_model / "text.txt")], tmp_path / "out"
-    words = [str(local_model), *text, *SHORT, "--preset", "rtn", "--format", form, "--out", str(out)]
-    assert main(["quantize", *words]) == 0
+    out = str(tmp_path / "out")
+    assert main(["quantize", local[0], *local[1], "--preset", "rtn", "--format", form, "--out", out]) == 0
     for command in ("quantize", "plan", "compare"):
         capsys.readouterr()
-        assert main([command, str(out), *text, "--quiet", "--out", str(tmp_path / "again")]) == 2
+        assert main([command, out, *local[1][:2], "--quiet", "--out", str(tmp_path / "again")]) == 2
         assert "holds a rounded model" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
-    assert main(["eval", str(out), "--data", text[1], "--eval-samples", "2", "--quiet"]) == 0
+    assert main(["eval", out, "--data", local[1][1], "--eval-samples", "2", "--quiet"]) == 0
 
 
-def test_python_dash_m_and_usage_exit_code():
+def test_files_of_8_bit_codes_are_wide_enough(tmp_path):
+    LlamaConfig(dtype="bfloat16").save_pretrained(tmp_path)
+    types = {bits: Source(str(tmp_path)).file_dtype(Recipe(bits=bits).config()) for bits in (4, 8)}
+    assert types == {4: torch.bfloat16, 8: torch.float32}
+    kept = Recipe(bits=4, keep=["q_proj=8", "k_proj=16"]).config()
+    assert Source(str(tmp_path)).file_dtype(kept) == torch.float32
+
+
+COMMANDS = ("quantize", "export", "eval", "compare", "bench", "plan", "demo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command, capsys):
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "Examples" in said and f"aespa_nb {command}" in said and "Result" in said or command == "bench"
+
+
+def test_help_and_imports_are_light():
+    "Nothing heavy is imported before a command runs; what the help names is what there is."
+    code = "import sys, aespa_nb.cli as c; codes = [c.main(w) for w in (['--help'], ['quantize', '--help'], ['eval', '-x'])]"
+    code += "\nprint(codes, sorted({'torch', 'transformers', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 2] []" and all(name in done.stdout for name in COMMANDS)
+    assert set(re.findall(r"[a-z0-9]+", PRESETS_TEXT)) >= PRESETS.keys() and get_args(Form) == FORMATS
+
+
+def test_commands_are_functions(local, tmp_path):
+    from aespa_nb.cli import quantize
+
+    text = Text(calibration=local[1][1], samples=2, eval_samples=2)
+    quantize(Source(local[0]), Recipe(preset="rtn", bits=4), text, str(tmp_path / "out"), quiet=True)
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "aespa_nb", "nonsense"], capture_output=True, text=True)
-    assert done.returncode == 2 and "quantize" in done.stderr
+    assert done.returncode == 2 and done.stderr == "aespa_nb: error: No such command 'nonsense': see aespa_nb --help\n"

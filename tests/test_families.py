@@ -1,4 +1,4 @@
-"""Models of every family in tools/families.py, one that is written here, and random ones."""
+"""Models of every family in experiments/families.py, one that is written here, and random ones."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import families
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -38,7 +38,7 @@ def test_every_linear_is_quantized_or_named(name):
     report = quantize_model(model, families.inputs(name, 3), AespaConfig.preset("aespa", bits=3, iterations=2))
     assert not families.accounted_for(model, report)
     for r in report.layers.values():
-        torch.testing.assert_close(r.grid.values(r.codes.float()) * r.zeta, r.weight, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(r.grid.values(r.codes.float()) * r.zeta, r.weight(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -1,25 +1,18 @@
-"""A slice of tools/faults.py: a few kills, a few full disks, two processes."""
+"""A slice of experiments/faults.py: a few kills, a few full disks, two processes."""
 
-import importlib.util
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[1] / "tools/faults.py"
-
-
-@pytest.fixture(scope="module")
-def faults():
-    spec = importlib.util.spec_from_file_location("faults", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import faults  # noqa: E402
 
 
 @pytest.fixture
-def sandbox(faults, tmp_path, monkeypatch):
+def sandbox(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     return faults.Sandbox(tmp_path)
@@ -28,17 +21,17 @@ def sandbox(faults, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize(("ranks", "count"), [(1, 2), (2, 1)])
-def test_killed_runs_end_identical(faults, sandbox, ranks, count):
-    row = faults.kills(sandbox, count, ranks, seed=1, progress=False)
+def test_killed_runs_end_identical(sandbox, ranks, count):
+    row = faults.kills(sandbox, count, ranks, seed=1)
     assert row["kills"] == count and row["identical"] == row["runs"] > 0
     assert row["lost"] == row["outside"] == row["tracebacks"] == row["hung"] == 0
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_full_disks_are_told_and_nothing_is_lost(faults, sandbox):
+def test_full_disks_are_told_and_nothing_is_lost(sandbox):
     try:
-        row = faults.disk(sandbox, 2, progress=False)
+        row = faults.disk(sandbox, 2)
     except (OSError, subprocess.CalledProcessError) as e:
         pytest.skip(f"no tmpfs here: {e}")
     assert row["told"] == row["identical"] == row["disks"] and row["lost"] == row["tracebacks"] == 0

@@ -1,10 +1,12 @@
-"""A slice of tools/hostile.py, and arguments that hypothesis makes up.
+"""A slice of experiments/hostile.py, and arguments that hypothesis makes up.
 
 AESPA_NB_HOSTILE=20 multiplies the cases by twenty.
 """
 
 import json
 import os
+import random
+import shutil
 import string
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from aespa_nb.errors import AespaError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import hostile  # noqa: E402
 
 MORE = int(os.environ.get("AESPA_NB_HOSTILE", "1"))
@@ -39,20 +41,22 @@ def test_one_line_and_nothing_else(base, kind):
         assert row["verdict"] not in hostile.BAD, row
 
 
-MUST = {  # kinds that can never work, and what is said
-    "config: random bytes": "config.json is damaged",
-    "config: larger than memory": "takes more than 256 MiB",
-    "weights: header declared huge": "a shard is damaged",
-    "weights: header is garbage": "a shard is damaged",
-    "index: a way out of the folder": "names no files of this folder",
-    "index: garbage": "model.safetensors.index.json",
-}
+MUST = {  # what can never work, and what is said
+    "config.json is damaged": lambda r: hostile.put(r / hostile.CONFIG, b"\x8f\xe0"),
+    "a shard is damaged": lambda r: hostile.put(r / hostile.WEIGHTS, b"\xff" * 99),
+    "names no files of this folder": lambda r: hostile.edit(
+        r / hostile.INDEX, lambda i: i["weight_map"].update({"lm_head.weight": "../../../etc/passwd"})),
+    "model.safetensors.index.json": lambda r: hostile.put(r / hostile.INDEX, "{}"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", MUST)
-def test_what_is_said(base, kind):
-    row = hostile.one(base, kind, 7)
-    assert row["verdict"] == "refused" and MUST[kind] in row["said"], row
+@pytest.mark.parametrize("said", MUST)
+def test_what_is_said(base, tmp_path, said):
+    root = tmp_path / "x"
+    shutil.copytree(base, root)
+    MUST[said](root)
+    code, text = hostile.call(hostile.words(root, model="sharded" if "files" in said or "index" in said else "model"))
+    assert code == 2 and said in text, text
 
 
 WORDS = st.one_of(
@@ -107,13 +111,13 @@ def fresh(words, cwd):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 @pytest.mark.parametrize("change", [{"hidden_size": 10**9}, {"auto_map": {}}])
 def test_in_a_process_of_its_own(base, tmp_path, change):
-    hostile.shutil.copytree(base, tmp_path / "x")
+    shutil.copytree(base, tmp_path / "x")
     root = tmp_path / "x"
     if "auto_map" in change:
-        hostile.KINDS["code of the checkpoint's own"](root, hostile.random.Random(0))
+        hostile.own_code(root, random.Random(0))
         change = {"model_type": "mine"}
     hostile.edit(root / "model/config.json", lambda c: c.update(change))
-    before = hostile.tree(root)
+    before = hostile.tree(root, root / "out")
     done = fresh(hostile.words(root), root)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith("aespa_nb: error: ") and hostile.tree(root) == before
+    assert done.stderr.startswith("aespa_nb: error: ") and hostile.tree(root, root / "out") == before

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOUR = "tour.ipynb"
+TOUR = "start/00_tour.ipynb"
 
 if not importlib.util.find_spec("jupyterlab"):
     pytest.skip("needs JupyterLab", allow_module_level=True)

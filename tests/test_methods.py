@@ -1,21 +1,85 @@
-"""Methods that round a whole block, as `quantize_model` runs them."""
+"""Methods that round a whole block: what holds of all of them, alone and as `quantize_model` runs them."""
 
 import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from blocks import TOKENS, error, nearest, weights
+from models import small
+from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from aespa_nb import AespaConfig, quantize_model
-from aespa_nb.quantize.config import METHODS, SOLVERS
-from aespa_nb.quantize.report import report_rows
-from aespa_nb.rounding.gptq import gptq
 from aespa_nb.errors import AespaError, NumericalError, UnsupportedModelError
-from aespa_nb.model.block_tuning import Rounded
+from aespa_nb.model.blocks import linears_of, stacks_of
+from aespa_nb.quantize.config import METHODS, SOLVERS, resolve
+from aespa_nb.rounding.gptq import gptq
+from aespa_nb.rounding.grid import minmax_grid
+from aespa_nb.rounding.packing import RoundedWeight
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-TOKENS = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
+FEW = TOKENS[:6]
+KINDS = dict(awq="llama mha opt", omniquant="llama mha opt neox", affinequant="llama mha opt neox bloom")
+KINDS |= dict(brecq="llama opt", signround="llama opt")
+LEARNED = [m for m in METHODS if m != "awq"]
+
+# --- alone --------------------------------------------------------------------------------------------------------
+
+
+def state(block):
+    return {n: p.detach().clone() for n, p in block.named_parameters()}
+
+
+@pytest.mark.parametrize("method, kind", [(m, kind) for m in METHODS for kind in KINDS[m].split()])
+def test_better_than_nearest_at_two_bits_and_only_biases_are_written(task, method, kind):
+    t = task(kind, iterations=60)
+    rtn, old = error(t, nearest(t)), state(t.block)
+    records = resolve(METHODS, method)(t)
+    assert error(t, records) < 0.8 * rtn
+    written = {n for n, p in state(t.block).items() if not torch.equal(p, old[n])}
+    assert all(n.endswith("bias") for n in written) and (method == "affinequant" or not written)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in t.block.modules())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits, group_size", [(2, 8), (3, None), (4, 16)])
+@pytest.mark.parametrize("method", METHODS)
+def test_records_have_the_layout_asked_for(task, method, bits, group_size, symmetric):
+    t = task("mha", bits, group_size=group_size, symmetric=symmetric, iterations=5)
+    del t.bits["self_attn.o_proj"]  # what is kept has no record
+    records, full = resolve(METHODS, method)(t), weights(t)
+    assert records.keys() == t.bits.keys()
+    for n, r in records.items():
+        assert r.shape == full[n].shape and r.grid.bits == bits and (r.zeta > 0).all()
+        assert r.grid.scale.shape == (len(full[n]), full[n].shape[1] // (group_size or full[n].shape[1]))
+        assert not symmetric or (r.grid.zero == 2 ** (bits - 1)).all()
+        assert not (r.grid.scale.requires_grad or r.grid.zero.requires_grad or r.zeta.requires_grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_records(task, method):
+    runs = []
+    for seed in (0, 0, 1):
+        torch.rand(seed + 1)  # the global generator plays no part
+        records = resolve(METHODS, method)(task(seed=seed, iterations=5))
+        runs.append(torch.cat([r.weight().flatten() for r in records.values()]))
+    assert torch.equal(runs[0], runs[1]) and (method == "awq" or not torch.equal(runs[0], runs[2]))
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_bad_options_and_nan_are_refused_and_the_block_stays(task, method):
+    bad = [(dict(lr=-1.0), "iterations >= 1"), (dict(iterations=-1), "iterations >= 1")]
+    bad += [(dict(group_size=7), "does not divide"), (dict(bits=9), "bits"), (dict(), "NaN")]
+    for options, match in bad:
+        t = task("mha", **options)
+        t.target, old = t.target if options else t.target * float("nan"), state(t.block)
+        with pytest.raises(AespaError if options else NumericalError, match=match):
+            resolve(METHODS, method)(t)
+        assert all(torch.equal(p, old[n]) for n, p in state(t.block).items())
+
+
+# --- in quantize_model --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +93,30 @@ def run(model, method, monkeypatch=None, **changes):
         monkeypatch.setitem(METHODS, "mine", method)
         method = "mine"
     rounded = copy.deepcopy(model)
-    return rounded, quantize_model(rounded, TOKENS, AespaConfig(method=method, **changes))
+    return rounded, quantize_model(rounded, FEW, AespaConfig(method=method, **changes))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("changes", [{}, {"group_size": 16}, {"symmetric": True}, {"bits": 3, "keep": {"v_proj": 16}}])
-def test_weights_are_codes_on_grids_and_errors_below_rtn(model, method, changes):
+def test_weights_are_made_from_records_and_errors_below_rtn(model, method, changes):
     rounded, report = run(model, method, iterations=10, **changes)
     assert len(report.layers) == (12 if "keep" in changes else 14)
     for name, r in report.layers.items():
-        assert int(r.codes.max()) < 2**r.grid.bits and r.loss <= r.loss_rtn
-        W_hat = r.grid.values(r.codes.double()) * r.zeta
-        torch.testing.assert_close(W_hat, r.weight.detach().double(), atol=1e-5, rtol=1e-4)
-        assert torch.equal(r.weight, rounded.get_submodule(name).weight)
-    rows = report_rows(report)
+        assert r.loss <= r.loss_rtn and torch.equal(r.weight(), rounded.get_submodule(name).weight)
+    rows = report.rows()
     assert {row["bits"] for row in rows} == {changes.get("bits", 2)}
-    assert torch.isfinite(rounded(TOKENS).logits).all()
+    assert torch.isfinite(rounded(FEW).logits).all()
+
+
+@pytest.mark.parametrize("method, kind", [(m, kind) for m in METHODS for kind in KINDS[m].split()])
+def test_presets_run_with_bits_of_their_own(method, kind):
+    model = small(kind)
+    blocks = model.get_submodule(stacks_of(model)[0])
+    report = quantize_model(model, FEW, AespaConfig.preset(method, 3, iterations=5, keep={"0.": 4}))
+    assert len(report.layers) == sum(len(linears_of(b)) for b in blocks) and torch.isfinite(model(FEW).logits).all()
+    for name, r in report.layers.items():
+        assert r.grid.bits == (4 if ".0." in name else 3)
+        assert torch.equal(r.weight(), model.get_submodule(name).weight) and 0 < r.loss <= r.loss_rtn
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,7 +125,7 @@ def test_what_cannot_work_is_one_line(model, method):
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
     with pytest.raises(UnsupportedModelError, match="c_attn is no nn.Linear") as caught:
         run(GPT2LMHeadModel(config).eval(), method)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and method in str(caught.value)
     with pytest.raises(AespaError, match="group"):
         run(model, method, group_size=7)
 
@@ -63,7 +135,7 @@ def test_an_unknown_method_is_refused():
         AespaConfig(method="magic")
 
 
-def test_a_method_gets_the_drifted_stream_and_the_full_precision_target(model, monkeypatch):
+def test_a_method_gets_the_stream_behind_rounded_blocks_and_the_full_precision_target(model, monkeypatch):
     seen = []
 
     def spy(task):
@@ -73,39 +145,53 @@ def test_a_method_gets_the_drifted_stream_and_the_full_precision_target(model, m
     with pytest.raises(AespaError, match="enough"):
         run(model, spy, monkeypatch)
     with torch.no_grad():
-        states = model.model(TOKENS, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(seen[0][0], states[0], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(seen[0][1], states[1], atol=1e-5, rtol=1e-4)
+        states = model.model(FEW, output_hidden_states=True).hidden_states
+    assert_close(seen[0][0], states[0], atol=1e-6, rtol=1e-5)
+    assert_close(seen[0][1], states[1], atol=1e-5, rtol=1e-4)
 
 
-def test_a_block_left_worse_than_rtn_is_rounded_to_nearest_and_named(model, monkeypatch):
+def records_of(task, change=lambda W: W):
+    "Nearest codes of changed weights."
+    grids = {n: minmax_grid(change(W), 2) for n, W in weights(task).items()}
+    return {n: RoundedWeight.of(g.codes(change(weights(task)[n])), g) for n, g in grids.items()}
+
+
+def test_a_method_that_fails_or_is_worse_than_rtn_leaves_nearest_values_and_says_why(model, monkeypatch):
     def wreck(task):
-        for name in task.bits:
-            task.block.get_submodule(name).weight.mul_(-3)
         task.block.input_layernorm.weight.mul_(2)  # as a method may that changes biases along with weights
-        return {name: Rounded(None, None) for name in task.bits}
+        return records_of(task, lambda W: -3 * W)
 
-    rounded, report = run(model, wreck, monkeypatch)
+    def gives_up(task):
+        task.block.input_layernorm.weight.mul_(2)
+        raise NumericalError("its matrix is singular: raise the damping")
+
+    def explodes(task):
+        records = records_of(task)
+        r = records["self_attn.q_proj"]
+        grid = replace(r.grid, scale=torch.full_like(r.grid.scale, 3e38))
+        return records | {"self_attn.q_proj": r.on(grid)}
+
     plain = copy.deepcopy(model)
-    quantize_model(plain, TOKENS, AespaConfig.preset("rtn"))
-    for a, b in zip(rounded.parameters(), plain.parameters()):
-        assert torch.equal(a, b)
-    assert len(report.notes) == 2 and all("round-to-nearest" in note for note in report.notes)
+    quantize_model(plain, FEW, AespaConfig.preset("rtn"))
+    saying = [(wreck, "round-to-nearest"), (gives_up, "singular"), (explodes, "reaches beyond torch.float32")]
+    for method, said in saying:
+        rounded, report = run(model, method, monkeypatch)
+        assert all(torch.equal(a, b) for a, b in zip(rounded.parameters(), plain.parameters()))
+        assert len(report.notes) == 2 and all(said in note for note in report.notes)
 
 
 # --- solvers of one's own -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", ["layer", "attention", "gauss-newton"])
-@pytest.mark.parametrize("changes", [{}, {"group_size": 16}, {"zfold": True}, {"shares": 2}])
+@pytest.mark.parametrize("changes", [{}, {"group_size": 16}, {"zfold": True}])
 def test_a_solver_of_ones_own_does_what_the_same_one_inside_does(model, monkeypatch, objective, changes):
     monkeypatch.setitem(SOLVERS, "mine", lambda U, grid, loss, config: (gptq(U, loss.H, grid).codes, grid))
     mine, inside = copy.deepcopy(model), copy.deepcopy(model)
     for rounded, solver in ((mine, "mine"), (inside, "gptq")):
-        report = quantize_model(rounded, TOKENS, AespaConfig(solver=solver, objective=objective, **changes))
+        report = quantize_model(rounded, FEW, AespaConfig(solver=solver, objective=objective, **changes))
         assert len(report.layers) == 14 and not report.notes
-    for a, b in zip(mine.parameters(), inside.parameters()):
-        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), inside.parameters()))
 
 
 def test_a_solver_of_ones_own_may_return_another_grid(model, monkeypatch):
@@ -115,9 +201,9 @@ def test_a_solver_of_ones_own_may_return_another_grid(model, monkeypatch):
 
     monkeypatch.setitem(SOLVERS, "mine", doubled)
     nearest = AespaConfig.preset("rtn", bits=4)
-    coarse, fine = (quantize_model(copy.deepcopy(model), TOKENS, c) for c in (replace(nearest, solver="mine"), nearest))
-    for name, r in coarse.layers.items():  # worse than nearest: the last guard scales in
-        assert torch.equal(r.weight, fine.layers[name].weight)
+    coarse, fine = (quantize_model(copy.deepcopy(model), FEW, c) for c in (replace(nearest, solver="mine"), nearest))
+    for name, r in coarse.layers.items():  # worse than nearest: the last guard steps in
+        assert torch.equal(r.weight(), fine.layers[name].weight())
     assert len(coarse.notes) == 14 and all("mine left" in note for note in coarse.notes)
 
 
@@ -128,26 +214,9 @@ SPOILT = [lambda c: c + 0.5, lambda c: c + 9, lambda c: c[..., :-1], lambda c: c
 def test_codes_that_the_grid_does_not_have_are_refused(model, monkeypatch, spoil):
     monkeypatch.setitem(SOLVERS, "mine", lambda U, grid, loss, config: (spoil(grid.codes(U)), grid))
     with pytest.raises(AespaError, match="solver 'mine': codes must be whole numbers of 2 bits"):
-        quantize_model(copy.deepcopy(model), TOKENS, AespaConfig(solver="mine"))
+        quantize_model(copy.deepcopy(model), FEW, AespaConfig(solver="mine"))
 
 
 def test_a_solver_that_nobody_has_named_is_refused():
     with pytest.raises(AespaError, match="solver must be one of rtn, gptq, .* not 'mine'"):
         AespaConfig(solver="mine")
-
-
-def test_a_method_that_fails_leaves_nearest_values_and_says_why(model, monkeypatch):
-    def gives_up(task):
-        task.block.input_layernorm.weight.mul_(2)
-        raise NumericalError("its matrix is singular: raise the damping")
-
-    def explodes(task):
-        task.block.self_attn.q_proj.weight.fill_(float("inf"))
-        return {name: Rounded(None, None) for name in task.bits}
-
-    plain = copy.deepcopy(model)
-    quantize_model(plain, TOKENS, AespaConfig.preset("rtn"))
-    for method, said in ((gives_up, "its matrix is singular"), (explodes, "reaches beyond torch.float32")):
-        rounded, report = run(model, method, monkeypatch)
-        assert all(torch.equal(a, b) for a, b in zip(rounded.parameters(), plain.parameters()))
-        assert len(report.notes) == 2 and all(said in n and "rounded to nearest" in n for n in report.notes)

@@ -15,7 +15,7 @@ SHOTS = ROOT / "build/screenshots"
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html") if "_static" not in p.parts)
 CHAPTERS = [p for p in PAGES if p.startswith("nbs/")]
 READABLE = [p for p in PAGES if not p.startswith("_modules/")]
-KINDS = ["index.html", "nbs/03_gridfit.html", "api/generated/data.html"]
+KINDS = ["index.html", "nbs/rounding/12_grid_search.html", "api/generated/data.text.html"]
 MADE_ALIKE = {p for p in READABLE if p.startswith("api/generated/")} - set(KINDS)  # one template: one stands for all
 
 if not PAGES:
@@ -23,17 +23,23 @@ if not PAGES:
 
 
 class Links(HTMLParser):
-    "The links of a page and the anchors it offers."
+    "The links of a page, the anchors it offers, and what its folded bars say."
 
     def __init__(self, path):
         super().__init__()
-        self.hrefs, self.ids = set(), set()
+        self.hrefs, self.ids, self.bars, self.in_bar = set(), set(), [], False
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.ids |= {attrs[k] for k in ("id", "name") if attrs.get(k)}
         self.hrefs |= {attrs[k] for k in ("href", "src") if attrs.get(k)}
+        self.in_bar = (attrs.get("class") or "").startswith("collapsed")
+
+    def handle_data(self, data):
+        if self.in_bar:
+            self.bars.append(data)
+            self.in_bar = False
 
 
 parsed = lru_cache(None)(Links)
@@ -68,6 +74,26 @@ def test_chapter_can_be_taken_away(page):
     hrefs = parsed(SITE / page).hrefs
     assert any(h.endswith("_sources/" + name) for h in hrefs)
     assert any(h.startswith("https://colab.research.google.com/") and h.endswith(name) for h in hrefs)
+
+
+def test_every_chapter_is_on_the_start_page():
+    hrefs = {unquote(urlsplit(h).path) for h in parsed(SITE / "index.html").hrefs}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(CHAPTERS) <= hrefs
+    assert [p for p in CHAPTERS if p not in text] == []  # in the text, too, and not only in the side bar
+
+
+def test_the_short_way_takes_two_hours():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    short = re.search(r"### The paper in two hours(.*?)###", text, flags=re.S)[1]
+    spent = [int(n) for n in re.findall(r"\((\d+) min\)", short)]
+    assert len(spent) == 10 and 90 <= sum(spent) <= 135
+
+
+def test_folded_bars_say_what_is_in_them():
+    bars = [bar for page in CHAPTERS for bar in parsed(SITE / page).bars]
+    assert len(bars) > 100 and not [bar for bar in bars if "code cell" in bar]
+    assert "imports" in bars and any(bar.startswith("_Quadratic: ") for bar in bars)
 
 
 # --- in the browser -----------------------------------------------------------------------------------------------
@@ -180,7 +206,7 @@ def test_search_finds_the_main_function(tab):
     tab.wait_for_selector("#search-results li a", timeout=20_000)
     found = tab.eval_on_selector_all("#search-results li a", "links => links.map(a => a.href)")
     shoot(tab, "search-quantize_model")
-    assert any("aespa" in f.rsplit("/", 1)[-1] for f in found), found
+    assert any("quantize" in f.split("/nbs/")[-1].split("/generated/")[-1] for f in found), found
     tab.click("#search-results li a")
     tab.wait_for_load_state()
     assert tab.evaluate("() => document.body.textContent.includes('quantize_model')")
@@ -198,7 +224,7 @@ def test_colours_can_be_told_apart(tab, page):
 
 def test_keyboard_reaches_the_text(tab):
     "The first stop of the tabulator is a visible link that leads past the side bar."
-    visit(tab, "nbs/02_hessian.html")
+    visit(tab, "nbs/rounding/11_hessian.html")
     tab.keyboard.press("Tab")
     assert "skip" in tab.evaluate("() => document.activeElement.textContent").lower()
     assert tab.evaluate("() => document.activeElement.getBoundingClientRect().height") > 10
@@ -216,7 +242,7 @@ VISIBLE = "s => [...document.querySelectorAll(s)].filter(e => e.checkVisibility(
 
 def test_print(tab):
     "On paper there is the text alone, black on white, and the hidden answers are not hidden."
-    visit(tab, "nbs/02_hessian.html")
+    visit(tab, "nbs/rounding/11_hessian.html")
     turn_dark(tab)
     tab.emulate_media(media="print")
     assert lightness(tab) > 250
@@ -224,12 +250,12 @@ def test_print(tab):
     assert tab.evaluate(DARK, "article .highlight, article pre, article .highlight span") == 0
     assert tab.evaluate(VISIBLE, "article h2") > 3
     assert tab.evaluate(VISIBLE, "article .admonition details p, article details:not(.toggle-details) p") > 0
-    shoot(tab, "print-02_hessian")
+    shoot(tab, "print-hessian")
 
 
 def test_a_figure_that_moves(tab):
     "Its numbers follow the sliders, by keyboard alone, and are those of the quadratic loss."
-    visit(tab, "nbs/02_hessian.html")
+    visit(tab, "nbs/rounding/11_hessian.html")
     slider, says = tab.locator(".explore [name=correlation]"), tab.locator(".explore [role=status]")
     loss = lambda r, e, f: f"{e * e + 2 * r * e * f + f * f:.2f}"  # noqa: E731
     assert f"(0, 0) costs {loss(0.9, -0.4, -0.45)}" in says.inner_text()

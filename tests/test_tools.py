@@ -33,17 +33,18 @@ def notebook(*cells):
 
 
 @pytest.fixture(scope="module")
-def in_step(tmp_path_factory):
-    "A repository of one chapter and a README, everything in scale."
+def in_line(tmp_path_factory):
+    "A repository of one chapter and a README, everything in line."
     root = tmp_path_factory.mktemp("repo")
-    (root / "nbs").mkdir()
+    (root / "nbs/rounding").mkdir(parents=True)
     (root / "aespa_nb").mkdir()
     (root / "settings.ini").write_text(SETTINGS)
     (root / "aespa_nb/__init__.py").write_text('__version__ = "0.1.0"\n')
-    chapter = notebook("#| default_exp grid", "md # Grid\n> What rounding does.", EXPORTED, "assert double(2) == 4")
-    index = notebook("md # aespa_nb\nSee [the grid](00_grid.ipynb).", "#| fig-alt: a line\nplot()")
+    head = ("#| default_exp rounding.grid", "md # Grid\n> What rounding does.")
+    chapter = notebook(*head, EXPORTED, "assert double(2) == 4")
+    index = notebook("md # aespa_nb\nSee [the grid](rounding/10_grid.ipynb).", "#| fig-alt: a line\nplot()")
     index.cells[1].outputs = [new_output("display_data", {"image/svg+xml": SVG})]
-    for name, nb in (("00_grid", chapter), ("index", index)):
+    for name, nb in (("rounding/10_grid", chapter), ("index", index)):
         nbformat.write(nb, root / f"nbs/{name}.ipynb")
     with pytest.MonkeyPatch.context() as m:
         m.syspath_prepend(str(ROOT / "tools"))
@@ -52,8 +53,8 @@ def in_step(tmp_path_factory):
 
 
 @pytest.fixture
-def repo(in_step, tmp_path):
-    return shutil.copytree(in_step, tmp_path / "repo")
+def repo(in_line, tmp_path):
+    return shutil.copytree(in_line, tmp_path / "repo")
 
 
 def edit(path, old, new):
@@ -73,11 +74,11 @@ def test_sync_passes_on_a_fresh_export(repo, tool):
 @pytest.mark.parametrize(
     ("path", "old", "new", "blamed"),
     [
-        ("nbs/00_grid.ipynb", "return 2 * x", "return x + x", "aespa_nb/grid.py"),
-        ("aespa_nb/grid.py", "return 2 * x", "return 2.0 * x", "aespa_nb/grid.py"),
+        ("nbs/rounding/10_grid.ipynb", "return 2 * x", "return x + x", "aespa_nb/rounding/grid.py"),
+        ("aespa_nb/rounding/grid.py", "return 2 * x", "return 2.0 * x", "aespa_nb/rounding/grid.py"),
         ("nbs/index.ipynb", "See ", "Look at ", "README.md"),
         ("nbs/index.ipynb", "M 1.000000", "M 3.000000", "docs/_static/index-1.svg"),
-        ("nbs/00_grid.ipynb", '"execution_count": null', '"execution_count": 7', "nbs/00_grid.ipynb"),
+        ("nbs/rounding/10_grid.ipynb", '"execution_count": null', '"execution_count": 7', "nbs/rounding/10_grid.ipynb"),
     ],
 )
 def test_sync_names_the_file_that_differs(repo, tool, path, old, new, blamed):
@@ -87,13 +88,13 @@ def test_sync_names_the_file_that_differs(repo, tool, path, old, new, blamed):
 
 
 def test_sync_finds_a_module_without_a_notebook(repo, tool):
-    shutil.copy(repo / "aespa_nb/grid.py", repo / "aespa_nb/orphan.py")
+    shutil.copy(repo / "aespa_nb/rounding/grid.py", repo / "aespa_nb/rounding/orphan.py")
     lines, _ = tool("check_sync").differences(repo)
-    assert any(line.startswith("aespa_nb/orphan.py: no notebook") for line in lines)
+    assert any(line.startswith("aespa_nb/rounding/orphan.py: no notebook") for line in lines)
 
 
 def test_sync_leaves_the_tree_alone(repo, tool):
-    edit(repo / "nbs/00_grid.ipynb", "return 2 * x", "return x + x")
+    edit(repo / "nbs/rounding/10_grid.ipynb", "return 2 * x", "return x + x")
     before = {p: p.read_bytes() for p in repo.rglob("*") if p.is_file()}
     tool("check_sync").differences(repo)
     assert before == {p: p.read_bytes() for p in repo.rglob("*") if p.is_file()}
@@ -102,51 +103,25 @@ def test_sync_leaves_the_tree_alone(repo, tool):
 def test_readme_shows_the_figure_and_links_to_the_site(repo):
     text = (repo / "README.md").read_text()
     assert "![a line](docs/_static/index-1.svg)" in text
-    assert "https://aespa-nb.github.io/aespa_nb/nbs/00_grid.html" in text
+    assert "https://aespa-nb.github.io/aespa_nb/nbs/rounding/10_grid.html" in text
     assert (repo / "docs/_static/index-1.svg").read_text().startswith("<svg")
 
 
-# --- check_ladder -------------------------------------------------------------------------------------------------
+# --- notebooks ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("module", "source", "complaint"),
-    [
-        ("grid", "from aespa_nb.rounding.gptq import gptq", "grid imports gptq, which stands above"),
-        ("grid", "from .gptq import gptq", "grid imports gptq, which stands above"),
-        ("grid", "import aespa_nb.rounding.gptq", "grid imports gptq, which stands above"),
-        ("grid", "def f():\n    from aespa_nb import gptq", "grid imports gptq, which stands above"),
-        ("grid", "from aespa_nb.rounding.grid import Grid", "grid imports grid, which stands above"),
-        ("gptq", "from aespa_nb.rounding.grid import *", "star import"),
-        ("gptq", "from math import *", "star import"),
-        ("gptq", "from aespa_nb import quantize_model", "not on the ladder"),
-        ("nowhere", "x = 1", "not on the ladder"),
-    ],
-)
-def test_ladder_refuses(tmp_path, tool, module, source, complaint):
-    library = tmp_path / "aespa_nb"
-    library.mkdir()
-    (library / f"{module}.py").write_text(source + "\n")
-    found = list(tool("check_ladder").problems(library))
-    assert len(found) == 1 and complaint in found[0]
+def test_cells_are_whole_ideas_and_no_longer():
+    "A class or function stands whole in its cell, up to about 60 lines."
+    paths = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+    cells = {p.name: [len("".join(c["source"]).splitlines()) for c in json.loads(p.read_text())["cells"] if
+                      c["cell_type"] == "code"] for p in paths}  # fmt: skip
+    assert {name: max(lengths) for name, lengths in cells.items() if max(lengths, default=0) > 65} == {}
 
 
-def test_ladder_accepts_imports_from_below(tmp_path, tool):
-    library = tmp_path / "aespa_nb"
-    library.mkdir()
-    (library / "gptq.py").write_text("import torch\nfrom aespa_nb.rounding.grid import Grid\nfrom aespa_nb import __version__\n")
-    (library / "__init__.py").write_text("from aespa_nb.rounding.gptq import gptq\n")
-    assert list(tool("check_ladder").problems(library)) == []
-
-
-# --- cell_report --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n", "fails"), [(25, False), (26, True)])
-def test_cell_report_fails_above_25_lines(tmp_path, tool, capsys, n, fails):
-    nbformat.write(notebook("\n".join(["x = 1"] * n)), tmp_path / "a.ipynb")
-    assert tool("cell_report").main([tmp_path / "a.ipynb"]) == fails
-    assert ("cell 0 has 26 lines" in capsys.readouterr().out) == fails
+def test_numbers_are_unique_over_the_rooms():
+    "nbdev exports in their order, and run_nbs runs in it."
+    numbers = [p.name.split("_")[0] for p in (ROOT / "nbs").rglob("*.ipynb") if p.name[0].isdigit()]
+    assert len(set(numbers)) == len(numbers)
 
 
 # --- run_nbs ------------------------------------------------------------------------------------------------------
@@ -199,11 +174,12 @@ def run_nbs(folder, *args):
 
 
 def test_notebook_runner_stores_and_checks(repo):
-    "Runs twice to the same bytes; a wrong stored output and a failing cell are found; `eval: false` is left alone."
-    path = repo / "nbs/01_run.ipynb"
-    nbformat.write(notebook("1 / 8", "print('eight')", "#| eval: false\n1 / 0"), path)
+    "In its own folder, twice to the same bytes; wrong outputs and failing cells are found, `eval: false` left alone."
+    path = repo / "nbs/rounding/11_run.ipynb"
+    nbformat.write(notebook("1 / 8", "import os\nprint(os.path.basename(os.getcwd()))", "#| eval: false\n1 / 0"), path)
     assert run_nbs(repo, path).returncode == 0
     first = path.read_bytes()
+    assert b'"rounding\\n"' in first
     assert run_nbs(repo, path).returncode == 0 and path.read_bytes() == first
     done = run_nbs(repo, "--check", path)
     assert done.returncode == 0 and "checked: 2 cells in 1 notebooks" in done.stdout

@@ -1,4 +1,4 @@
-"""A slice of tools/torture.py: damaged models end in a model no worse than round-to-nearest, or in one line."""
+"""A slice of experiments/torture.py: damaged models end in a model no worse than round-to-nearest, or in one line."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from aespa_nb.rounding.grid import minmax_grid
 from aespa_nb.errors import NumericalError
 from aespa_nb.attention.kronecker_losses import KroneckerLoss
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import torture  # noqa: E402
 
 ROUNDED = [
@@ -52,7 +52,7 @@ def test_no_worse_than_round_to_nearest(kind, case, preset):
 @pytest.mark.parametrize(("case", "message"), REFUSED)
 def test_a_clear_line_else(case, message):
     row = torture.one("llama", case, "gptq")
-    assert row["end"] == "refused" and row["one_line"] and message in row["why"], row
+    assert row["end"] == "refused" and message in row["why"], row
 
 
 def problem(**changes):

@@ -1,6 +1,7 @@
 """README.md from nbs/index.ipynb: prose, code, outputs, and figures as files that GitHub can show.
 
-Links to other chapters lead to the site. `--root DIR` does the same in a copy of the repository.
+Links to other chapters lead to the site; in the section on the ways through the book they say how long a page takes.
+`--root DIR` does the same in a copy of the repository.
 """
 
 import argparse
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import nbformat
 
-SITE = "https://aespa-nb.github.io/aespa_nb/nbs/"
+SITE = "https://aespa-nb.github.io/aespa_nb/"
 FIGURES = Path("docs/_static")  # index-1.svg and so on: the site's start page shows them too
 NOTE = "<!-- Generated from nbs/index.ipynb by tools/make_readme.py: edit the notebook. -->\n\n"
+
+
+WAYS = "## Two ways through the book"
+WORDS, LINES = 200, 40  # that are read in a minute: of prose, and of code that is not folded
 
 
 def directives(cell):
@@ -20,6 +25,30 @@ def directives(cell):
     lines = [line.strip().removeprefix("#|").strip() for line in head.splitlines() if line.strip()]
     pairs = (re.match(r"([\w-]+):?\s*(.*)", line).groups() for line in lines)
     return dict(pairs), cell.source[len(head) :].strip()
+
+
+def figures_of(cell):
+    "The drawings that a cell shows."
+    return [o["data"]["image/svg+xml"] for o in cell.outputs if "image/svg+xml" in o.get("data", {})]
+
+
+def minutes(nb):
+    "How long a page takes to read."
+    words = sum(len(c.source.split()) for c in nb.cells if c.cell_type == "markdown")
+    shown = [c for c in nb.cells if c.cell_type == "code" and not figures_of(c)]
+    shown = [code for d, code in map(directives, shown) if not {"hide", "exporti", "default_exp"} & d.keys()]
+    return max(1, round(words / WORDS + sum(bool(s.strip()) for code in shown for s in code.splitlines()) / LINES))
+
+
+def say_minutes(text, nbs):
+    "Adds minutes to each link to a chapter, and the sum of its line to the name of a part, which opens it in bold."
+    lines, link = [], r"\[[^\]]*\]\(([\w/]+\.ipynb)\)"
+    for line in text.splitlines():
+        spent, unit = [minutes(nbformat.read(nbs / page, as_version=4)) for page in re.findall(link, line)], " min"
+        if part := re.match(r"- \*\*.+?\*\*", line):
+            line, unit = f"{part[0]}, {sum(spent)} minutes{line[part.end() :]}", ""
+        lines.append(re.sub(link, lambda m: f"{m[0]} ({spent.pop(0)}{unit})", line))  # noqa: B023
+    return "\n".join(lines)
 
 
 def outputs(cell, alt, figures):
@@ -40,12 +69,13 @@ def outputs(cell, alt, figures):
             yield f"```text\n{data['text/plain'].rstrip()}\n```"
 
 
-def readme(nb):
-    "The text of README.md and its figures, {path: svg}."
+def readme(nb, nbs):
+    "The text of README.md and its figures, {path: svg}; `nbs`: the folder of the chapters."
     parts, figures = [], {}
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            parts.append(re.sub(r"\]\((?!https?:|#)([\w./-]+)\.ipynb", rf"]({SITE}\1.html", cell.source))
+            text = say_minutes(cell.source, nbs) if cell.source.startswith(WAYS) else cell.source
+            parts.append(re.sub(r"\]\((?!https?:|#)([\w./-]+)\.ipynb", rf"]({SITE}nbs/\1.html", text))
         elif cell.cell_type == "code":
             d, code = directives(cell)
             if {"hide", "default_exp"} & d.keys() or d.get("include") == "false":
@@ -58,7 +88,7 @@ def readme(nb):
 
 
 def main(root):
-    text, figures = readme(nbformat.read(root / "nbs/index.ipynb", as_version=4))
+    text, figures = readme(nbformat.read(root / "nbs/index.ipynb", as_version=4), root / "nbs")
     (root / "README.md").write_text(text, encoding="utf-8")
     for old in (root / FIGURES).glob("index-*.svg"):
         old.unlink()

@@ -1,7 +1,7 @@
 """Run notebooks, each in a kernel of its own.
 
     python tools/run_nbs.py nbs/rounding/13_gptq.ipynb   write the outputs into the notebook
-    python tools/run_nbs.py --check             run all, compare with the stored outputs, write nothing
+    python tools/run_nbs.py --check                            run all, compare with the stored outputs, write nothing
 
 Stored outputs come out the same on every run: seeds are the notebooks' own, everything else is pinned here but the
 processor. Each notebook knows the arithmetic that its outputs were made with; where that is this machine's, a check
@@ -46,13 +46,8 @@ for result in [*results, X.softmax(-1), X.sum(), X.sin(), X.tanh(), X.mean(-1), 
     digest.update(result.contiguous().numpy().tobytes())
 print(digest.hexdigest()[:12])
 """
+WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = ["--log-level=40", '--InlineBackend.figure_formats={"svg"}']
-
-
-def not_run(cell, skip):
-    "Is this a cell that is left alone?"
-    d = extract_directives(cell, remove=False)
-    return d.get("eval:", [""])[0].lower() == "false" or bool(skip & d.keys())
 
 
 def arithmetic():
@@ -60,48 +55,32 @@ def arithmetic():
     return subprocess.run([sys.executable, "-c", ARITHMETIC], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def merge_streams(cell):
-    "Pieces of one stream arrive as they like: join neighbours."
-    out = []
-    for o in cell.outputs:
-        if out and o.output_type == "stream" == out[-1].output_type and o.name == out[-1].name:
-            out[-1].text += o.text
-        else:
-            out.append(o)
-    cell.outputs = out
-
-
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-def drop_widgets(nb):
-    "Progress bars and sliders are made anew in each session, under random names: they are not stored."
-    nb.metadata.pop("widgets", None)
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
-
-
 def run(path, flags=(), timeout=600):
-    "The notebook with fresh outputs, cleaned; and how many cells were run."
-    cfg = get_config()
-    nb = nbformat.read(path, as_version=4)
+    "The notebook with fresh outputs, cleaned, run in its own folder; and how many cells were run."
+    cfg, nb = get_config(), nbformat.read(path, as_version=4)
     skip = set(cfg.tst_flags.split()) - set(flags)
-    code = [c for c in nb.cells if c.cell_type == "code"]
-    kept = {c.id: c.outputs for c in code if not_run(c, skip)}
+    code, kept = [c for c in nb.cells if c.cell_type == "code"], {}
     for c in code:
-        if c.id in kept:
+        d = extract_directives(c, remove=False)
+        if d.get("eval:", [""])[0].lower() == "false" or skip & d.keys():
+            kept[c.id] = c.outputs
             c.metadata.setdefault("tags", []).append("skip-execution")
-    NotebookClient(
-        nb, timeout=timeout, kernel_name="python3", record_timing=False, extra_arguments=KERNEL,
-        resources={"metadata": {"path": str(Path(path).parent)}},
-    ).execute()  # fmt: skip
-    drop_widgets(nb)
+    resources = {"metadata": {"path": str(Path(path).parent)}}
+    options = dict(kernel_name="python3", record_timing=False, extra_arguments=KERNEL, resources=resources)
+    NotebookClient(nb, timeout=timeout, **options).execute()
+    nb.metadata.pop("widgets", None)
     for c in code:
         if c.id in kept:
             c.metadata.tags.remove("skip-execution")
             c.outputs = kept[c.id]
-        merge_streams(c)
+        # Progress bars and sliders have random names: not stored. Pieces of one stream arrive as they like: joined.
+        found, c.outputs = [o for o in c.outputs if WIDGET not in o.get("data", {})], []
+        for o in found:
+            last = c.outputs[-1] if c.outputs else {}
+            if o.output_type == "stream" and o.name == last.get("name"):
+                last.text += o.text
+            else:
+                c.outputs.append(o)
     allowed = {key: cfg[key].split() for key in ("allowed_metadata_keys", "allowed_cell_metadata_keys")}
     clean_nb(nb, **allowed, clean_ids=cfg.clean_ids)
     return nb, len(code) - len(kept)
@@ -191,7 +170,7 @@ def one(path, check, flags, made_by):
     return path, cells, time.time() - start, lines, rounded
 
 
-def main():
+if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all of nbs/)")
     p.add_argument("--check", action="store_true", help="compare with the stored outputs, write nothing")
@@ -201,20 +180,15 @@ def main():
     os.environ.update(ENV)
     if "cuda" in a.flags.split():
         del os.environ["CUDA_VISIBLE_DEVICES"]
-    paths = a.paths or sorted(get_config().nbs_path.rglob("[!._]*.ipynb"))
-    paths = [p for p in paths if ".ipynb_checkpoints" not in p.parts]
-    paths.sort(key=lambda p: p.stem[0].isdigit())  # the tour, which takes longest, does not come last
+    paths = a.paths or [p for p in get_config().nbs_path.rglob("[!._]*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    paths.sort(key=lambda p: (p.stem != "index", p.name))  # the numbers are unique over all rooms
     cells, bad, made_by = 0, 0, arithmetic()
     with ThreadPoolExecutor(a.j) as pool:
         for path, n, seconds, lines, rounded in pool.map(lambda p: one(p, a.check, a.flags.split(), made_by), paths):
-            note = f", {rounded} outputs near the stored ones" if rounded else ""
-            print(f"{'FAILED' if lines else 'ok':6}  {path.name:24} {n:4} cells {seconds:6.1f} s{note}", flush=True)
+            note, name = f", {rounded} outputs near the stored ones" if rounded else "", "/".join(path.parts[-2:])
+            print(f"{'FAILED' if lines else 'ok':6}  {name:36} {n:4} cells {seconds:6.1f} s{note}", flush=True)
             for line in lines:
                 print("        " + line.strip().replace("\n", "\n        "))
             cells, bad = cells + n, bad + bool(lines)
     print(f"checked: {cells} cells in {len(paths)} notebooks")
     sys.exit(bool(bad))
-
-
-if __name__ == "__main__":
-    main()

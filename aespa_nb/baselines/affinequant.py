@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .learned_clipping import ClippedLinears, free_groups, free_scales, put_rounded
+from .learned_clipping import ClippedLinears, free_groups, free_scales
 from ..errors import UnsupportedModelError
-from ..model.block_tuning import BlockTask, Rounded, learn_block
+from ..model.block_tuning import BlockTask, learn_block
 from ..model.statistics import survey
+from ..rounding.packing import RoundedWeight
 
 # %% ../../nbs/baselines/53_affinequant.ipynb #faccfe79
 @dataclass(frozen=True)
@@ -129,23 +130,18 @@ class AffineLinears(ClippedLinears):
         return logits, scales + [m.log_d for m in self.mixings], [m.off for m in self.mixings]
 
     def changed(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        "Weights and biases in the new bases."
-        pairs = [m.changed() for m in self.mixings]
-        return {n: W for W_s, _ in pairs for n, W in W_s.items()}, {n: b for _, bs in pairs for n, b in bs.items()}
+        "Weights by linear and biases by their full names, in the new bases."
+        weights, biases = {}, {}
+        for mixing in self.mixings:
+            W, b = mixing.changed()
+            weights |= W
+            biases |= b
+        return weights, biases
 
     def all_weights(self) -> dict[str, Tensor]:
         "Rounded weights and changed biases, with gradients."
         full, bias = self.changed()
         return self.weights(full) | bias
-
-# %% ../../nbs/baselines/53_affinequant.ipynb #98ddfbee
-def _learn(linears: AffineLinears, adam, batch_size) -> None:
-    "Learns while the mask opens; it is open after half of the steps."
-    task = linears.task
-    steps = task.iterations, batch_size, task.seed
-    for i, _ in enumerate(learn_block(task.block, linears.all_weights, adam, task.stream, task.target, *steps)):
-        for mixing in linears.mixings:
-            mixing.done = min(1.0, 2 * (i + 1) / task.iterations)
 
 # %% ../../nbs/baselines/53_affinequant.ipynb #9e0fc01b
 def affinequant(
@@ -154,11 +150,16 @@ def affinequant(
     alpha: float = 0.25,  # the scales at the start, as in `free_scales`
     batch_size: int = 4,  # sequences in a step
     mix: bool = True,  # False: the matrices stay diagonal
-) -> dict[str, Rounded]:
-    "Learned clipping, scales and matrices (AffineQuant, Ma et al. 2024). Rounds the linears of the task in place."
-    linears, lr = AffineLinears(task, alpha), task.lr or lr
-    _learn(linears, linears.optimizer(lr, 1, 0.2, 0.1 if mix else 0), batch_size)
+) -> dict[str, RoundedWeight]:
+    """Learned clipping, scales and matrices (AffineQuant, Ma et al. 2024).
+
+    Biases of the values that a matrix changes are written into the block."""
+    linears = AffineLinears(task, alpha)
+    adam = linears.optimizer(task.lr or lr, 1, 0.2, 0.1 if mix else 0)
+    for i, _ in enumerate(learn_block(task, linears.all_weights, adam, batch_size)):
+        for mixing in linears.mixings:
+            mixing.done = min(1.0, 2 * (i + 1) / task.iterations)
     full, bias = linears.changed()
     for name, value in bias.items():
         task.block.get_parameter(name).data.copy_(value)
-    return put_rounded(linears, full)
+    return linears.records(full)

@@ -6,8 +6,9 @@
 __all__ = ['omniquant']
 
 # %% ../../nbs/baselines/52_omniquant.ipynb #358b1d33
-from .learned_clipping import ClippedLinears, free_groups, free_scales, put_rounded
-from ..model.block_tuning import BlockTask, Rounded, learn_block
+from .learned_clipping import ClippedLinears, free_groups, free_scales
+from ..model.block_tuning import BlockTask, learn_block
+from ..rounding.packing import RoundedWeight
 
 # %% ../../nbs/baselines/52_omniquant.ipynb #ac7a9610
 def omniquant(
@@ -15,10 +16,9 @@ def omniquant(
     lr: float = 0.1,  # of the logits of the shares, unless the task says; 0.2 times that of the scales' logarithms
     alpha: float = 0.25,  # the scales at the start, as in `free_scales`
     batch_size: int = 4,  # sequences in a step
-) -> dict[str, Rounded]:
-    "Learned clipping and per-input scales (OmniQuant, Shao et al. 2024). Rounds the linears of the task in place."
-    linears, lr = ClippedLinears(task, free_scales(task, free_groups(task), alpha)), task.lr or lr
-    adam, steps = linears.optimizer(lr, 1, 0.2), (task.iterations, batch_size, task.seed)
-    for _ in learn_block(task.block, linears.weights, adam, task.stream, task.target, *steps):
+) -> dict[str, RoundedWeight]:
+    "The linears of the task by learned clipping and per-input scales (OmniQuant, Shao et al. 2024)."
+    linears = ClippedLinears(task, free_scales(task, free_groups(task), alpha))
+    for _ in learn_block(task, linears.weights, linears.optimizer(task.lr or lr, 1, 0.2), batch_size):
         pass
-    return put_rounded(linears)
+    return linears.records()

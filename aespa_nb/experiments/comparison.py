@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Run', 'plan_runs', 'setting_of', 'claim_folder', 'measure_run', 'machine', 'compare', 'drawing', 'read_records',
-           'spread', 'comparison_table']
+           'spread', 'comparison_table', 'mean_rows']
 
 # %% ../../nbs/experiments/80_comparison.ipynb #414d98cd
 import copy
@@ -144,19 +144,29 @@ def spread(records: list[dict], key: str = "kl") -> tuple[float, float, int]:
 
 def comparison_table(records: list[dict], key: str = "kl", form: str = ".4f") -> str:
     "A Markdown table: a row for each preset, a column for each format; mean and half the range over seeds."
-    done = [r for r in records if "refused" not in r]
-    columns = sorted({(r["group_size"] or 0, r["bits"]) for r in done})
-    titles = [f"INT{b}" + (f", g{g}" if g else "") for g, b in columns]
+    cells = {}
+    for r in (r for r in records if "refused" not in r):
+        cells.setdefault((r["group_size"] or 0, r["bits"]), {}).setdefault(r["preset"], []).append(r)
+    columns = sorted(cells)
+    titles = [f"INT{bits}" + (f", g{size}" if size else "") for size, bits in columns]
     rows = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
     for preset in dict.fromkeys(r["preset"] for r in records):
-        cells = [[r for r in done if r["preset"] == preset and (r["group_size"] or 0, r["bits"]) == c] for c in columns]
-        rows.append(f"| {preset} | {' | '.join(_cell(c, key, form) for c in cells)} |")
+        found = [spread(cells[c][preset], key) if preset in cells[c] else None for c in columns]
+        texts = [f"{s[0]:{form}}" + (f" ± {s[1]:{form}}" if s[2] > 1 else "") if s else "" for s in found]
+        rows.append(f"| {preset} | {' | '.join(texts)} |")
     return "\n".join(rows)
 
 
-def _cell(records, key, form) -> str:
-    "Mean and spread, or nothing."
-    if not records:
-        return ""
-    mean, half, n = spread(records, key)
-    return f"{mean:{form}}" + (f" ± {half:{form}}" if n > 1 else "")
+def mean_rows(records: list[dict]) -> list[dict]:
+    "One row for each preset and format, as `write_results` takes them: means over seeds, and half the range of KL."
+    found = {}
+    for r in (r for r in records if "refused" not in r):
+        name = r["preset"] + (f", g{r['group_size']}" if r["group_size"] else "")
+        found.setdefault((name, r["bits"]), []).append(r)
+    keys = ("perplexity", "kl", "top1", "seconds", "cpu_seconds", "bits_per_weight", "peak_MiB")
+    mean = lambda runs, key: spread(runs, key)[0] if all(r.get(key) is not None for r in runs) else None
+    rows = []
+    for (name, bits), runs in found.items():
+        means = {key: mean(runs, key) for key in keys}
+        rows.append(dict(method=name, bits=bits, **means, kl_spread=spread(runs)[1], seeds=len(runs)))
+    return rows

@@ -100,45 +100,6 @@ def loss_gradient(
         value = loss(dW)
         return value.detach(), torch.autograd.grad(value, dW)[0]
 
-# %% ../../nbs/rounding/14_adaround.ipynb #4d317c87
-def _learn(W, grid, loss, start, factor, iterations, lr, weight, warmup, on_step):
-    "The codes after `iterations` steps of Adam on `factor * loss + weight * penalty`."
-    scale, zero = grid.expand(W.shape[-1])
-    base, round_logit = relaxed_start(start, grid)
-    offset, slope = scale * (base - zero) - W, scale * factor
-    adam = torch.optim.Adam([round_logit], lr=lr, fused=True)
-    for i in range(iterations):
-        sig = torch.sigmoid(round_logit)
-        h = sig.mul(STRETCH[1] - STRETCH[0]).add_(STRETCH[0]).clamp_(0, 1)
-        value, grad = loss_gradient(loss, torch.addcmul(offset, scale, h))
-        grad = grad * slope
-        beta = beta_schedule(i / iterations, warmup)
-        if beta is not None:
-            grad.add_(penalty_gradient(h, beta), alpha=weight)
-        round_logit.grad = logit_gradient(grad, sig, h)
-        adam.step()
-        if on_step:
-            on_step(i, value.item())
-    return base + (round_logit >= 0)
-
-# %% ../../nbs/rounding/14_adaround.ipynb #eeaf1fbd
-def _check(W, start, iterations, lr, weight, warmup, loss_scale):
-    "Raises `AespaError` on options that cannot work."
-    if start.shape != W.shape:
-        raise AespaError(f"start {tuple(start.shape)} must have the shape of W {tuple(W.shape)}")
-    if not (torch.isfinite(W).all() and torch.isfinite(start).all()):
-        raise NumericalError("W or start has NaN or Inf: check the checkpoint")
-    if iterations < 1 or not lr > 0 or not loss_scale > 0 or not weight >= 0 or not 0 <= warmup < 1:
-        raise AespaError("adaround needs iterations >= 1, lr > 0, loss_scale > 0, weight >= 0 and 0 <= warmup < 1")
-
-
-def _measure(loss, dW):
-    "The loss of `dW` as a number. Raises `NumericalError` unless it is finite and not negative."
-    value = float(loss(dW))
-    if not 0 <= value < float("inf"):
-        raise NumericalError(f"the loss is {value}, not a finite number >= 0")
-    return value
-
 # %% ../../nbs/rounding/14_adaround.ipynb #fd958861
 @torch.no_grad()
 def adaround(
@@ -148,19 +109,42 @@ def adaround(
     start: Float[Tensor, "*heads out inp"] | None = None,  # where the rounding starts (None: W)
     iterations: int = 2000,
     lr: float = 0.015,  # of Adam
-    weight: float = 1.0,  # of the penalty
-    warmup: float = 0.2,  # share of the iterations without the penalty
     loss_scale: float = 1.0,  # what the loss of round-to-nearest counts for, per weight
     on_step: Callable[[int, float], None] | None = None,  # called with (iteration, relaxed loss)
 ) -> Float[Tensor, "*heads out inp"]:  # codes
     """Codes found by learning each rounding with Adam; never worse than `grid.codes(start)`.
     Source: aespa, learned rounding. Raises `AespaError` on bad options, `NumericalError` on what is not finite."""
     start = W if start is None else start
-    _check(W, start, iterations, lr, weight, warmup, loss_scale)
-    value = lambda codes: _measure(loss, grid.values(codes) - W)
+    if start.shape != W.shape:
+        raise AespaError(f"start {tuple(start.shape)} must have the shape of W {tuple(W.shape)}")
+    if not (torch.isfinite(W).all() and torch.isfinite(start).all()):
+        raise NumericalError("W or start has NaN or Inf: check the checkpoint")
+    if iterations < 1 or not lr > 0 or not loss_scale > 0:
+        raise AespaError("adaround needs iterations >= 1, lr > 0 and loss_scale > 0")
+
+    def value(codes):
+        at = float(loss(grid.values(codes) - W))
+        if not 0 <= at < float("inf"):
+            raise NumericalError(f"the loss is {at}, not a finite number >= 0")
+        return at
+
     nearest, first = grid.codes(W), grid.codes(start)
     if not (at_nearest := value(nearest)):
         return nearest
-    at_first, factor = value(first), W.numel() * loss_scale / at_nearest
-    learned = _learn(W, grid, loss, start, factor, iterations, lr, weight, warmup, on_step)
+    at_first, (scale, zero), (base, round_logit) = value(first), grid.expand(W.shape[-1]), relaxed_start(start, grid)
+    offset, slope = scale * (base - zero) - W, scale * (W.numel() * loss_scale / at_nearest)
+    adam = torch.optim.Adam([round_logit], lr=lr, fused=True)
+    for i in range(iterations):
+        sig = torch.sigmoid(round_logit)
+        h = sig.mul(STRETCH[1] - STRETCH[0]).add_(STRETCH[0]).clamp_(0, 1)
+        relaxed, grad = loss_gradient(loss, torch.addcmul(offset, scale, h))
+        grad = grad * slope
+        beta = beta_schedule(i / iterations)
+        if beta is not None:
+            grad.add_(penalty_gradient(h, beta))
+        round_logit.grad = logit_gradient(grad, sig, h)
+        adam.step()
+        if on_step:
+            on_step(i, relaxed.item())
+    learned = base + (round_logit >= 0)
     return learned if value(learned) <= at_first else first

@@ -54,37 +54,16 @@ def processing_order(
         return diag.argsort(dim=-1, descending=True, stable=True)
     return torch.arange(diag.shape[-1], device=H.device).expand(diag.shape)
 
-# %% ../../nbs/rounding/13_gptq.ipynb #04e7fc2f
-def _round_block(B, U, scale, zero, max_code):
-    "Rounds the rows of `B` one after the other, in place moving those below; returns codes and scaled errors."
-    codes, errors = torch.empty_like(B), torch.empty_like(B)
-    for j in range(B.shape[-2]):
-        w, s, z = B[..., j, :], scale[..., j, :], zero[..., j, :]
-        codes[..., j, :] = (torch.round(w / s) + z).clamp(0, max_code)
-        errors[..., j, :] = (w - s * (codes[..., j, :] - z)) / U[..., j, j, None]
-        B[..., j + 1 :, :] -= U[..., j, j + 1 :, None] * errors[..., None, j, :]
-    return codes, errors
-
-
-def _check(W, H, grid, block_size):
-    "Raises `AespaError` on shapes that do not fit, `NumericalError` on NaN."
-    inp = W.shape[-1]
-    if H.shape[-2:] != (inp, inp) or H.ndim > W.ndim or grid.scale.shape[:-1] != W.shape[:-1]:
-        raise AespaError(f"W {tuple(W.shape)}, H {tuple(H.shape)} and scale {tuple(grid.scale.shape)} do not fit")
-    if inp % grid.scale.shape[-1] or block_size < 1:
-        raise AespaError(f"{grid.scale.shape[-1]} groups must divide {inp} inputs, and block_size be 1 or more")
-    if not torch.isfinite(W).all():
-        raise NumericalError("the weight has NaN or Inf: check the checkpoint")
-
 # %% ../../nbs/rounding/13_gptq.ipynb #c04perm
-def _permuted(M, order):
-    "The rows of every matrix of `M` `[heads n m]` in an order `[#heads n]`."
-    return M[torch.arange(len(M), device=M.device)[:, None], order]
+def permuted(M, order):
+    "The rows of every matrix of `M` `[#heads n m]` in an order `[#heads n]`."
+    heads = torch.arange(len(M), device=M.device) if len(M) > 1 else M.new_zeros(len(order), dtype=torch.long)
+    return M[heads[:, None], order]
 
-# %% ../../nbs/rounding/13_gptq.ipynb #c04ofac
-def _ordered_factor(H, order):
-    "`inverse_factor` of every `H` `[heads inp inp]` with its columns in `order`."
-    return inverse_factor(_permuted(_permuted(H, order.flip(-1)).mT, order.flip(-1)), reverse=False)
+
+def ordered_factor(H, order):
+    "`inverse_factor` of every `H` `[#heads inp inp]` with its columns in `order`."
+    return inverse_factor(permuted(permuted(H, order.flip(-1)).mT, order.flip(-1)), reverse=False)
 
 # %% ../../nbs/rounding/13_gptq.ipynb #6b171873
 def gptq(
@@ -97,30 +76,40 @@ def gptq(
     """Blocked GPTQ on a fixed grid; heads in one batch. Source: Frantar et al., ICLR 2023, Algorithm 1.
 
     Raises `NumericalError` if `H` is not positive definite, `AespaError` if shapes do not fit."""
-    _check(W, H, grid, block_size)
     shape, inp = W.shape, W.shape[-1]
+    if H.shape[-2:] != (inp, inp) or H.ndim > W.ndim or grid.scale.shape[:-1] != shape[:-1]:
+        raise AespaError(f"W {tuple(shape)}, H {tuple(H.shape)} and scale {tuple(grid.scale.shape)} do not fit")
+    if inp % grid.scale.shape[-1] or block_size < 1:
+        raise AespaError(f"{grid.scale.shape[-1]} groups must divide {inp} inputs, and block_size be 1 or more")
+    if not torch.isfinite(W).all():
+        raise NumericalError("the weight has NaN or Inf: check the checkpoint")
     W, H, scale, zero = (t.reshape(-1, *t.shape[-2:]) for t in (W, H, grid.scale, grid.zero))
     order = processing_order(H, act_order)
-    U = _ordered_factor(H, order)
-    W = _permuted(W.mT, order)  # a copy; its rows are columns of the layer, next to be rounded first
+    U = ordered_factor(H, order)
+    W = permuted(W.mT, order)  # a copy; its rows are columns of the layer, next to be rounded first
     codes, group = torch.empty_like(W), order // (inp // scale.shape[-1])
     for a in range(0, inp, block_size):
-        b = a + block_size
-        s, z = (_permuted(t.mT, group[:, a:b]) for t in (scale, zero))
-        codes[:, a:b], errors = _round_block(W[:, a:b], U[:, a:b, a:b], s, z, grid.max_code)
+        b = min(a + block_size, inp)
+        s, z = (permuted(t.mT, group[:, a:b]) for t in (scale, zero))
+        B, errors = W[:, a:b], torch.empty_like(W[:, a:b])
+        for j in range(b - a):
+            w = B[:, j]
+            codes[:, a + j] = (torch.round(w / s[:, j]) + z[:, j]).clamp(0, grid.max_code)
+            errors[:, j] = (w - s[:, j] * (codes[:, a + j] - z[:, j])) / U[:, a + j, a + j, None]
+            B[:, j + 1 :] -= U[:, a + j, a + j + 1 : b, None] * errors[:, None, j]
         W[:, b:] -= U[:, a:b, b:].mT @ errors
     back = order.argsort(-1)
-    return GPTQResult(*(_permuted(t, back).mT.reshape(shape) for t in (codes, W)))
+    return GPTQResult(*(permuted(t, back).mT.reshape(shape) for t in (codes, W)))
 
 # %% ../../nbs/rounding/13_gptq.ipynb #c04price
 def column_prices(
     H: Float[Tensor, "*heads inp inp"],  # damped, positive definite
     act_order: bool = True,  # as in `gptq`
 ) -> Float[Tensor, "*heads inp"]:  # 1 / U_jj^2, in the order of the columns of `H`
-    "What a squared rounding error in each column finally costs in `gptq`, all answers included."
+    "What a squared rounding error in each column finally costs in `gptq`, all compensation included."
     shape, H = H.shape[:-1], H.reshape(-1, *H.shape[-2:])
     order = processing_order(H, act_order)
-    diag = _ordered_factor(H, order).diagonal(dim1=-2, dim2=-1)
+    diag = ordered_factor(H, order).diagonal(dim1=-2, dim2=-1)
     return diag.pow(-2).gather(-1, order.argsort(-1)).reshape(shape)
 
 # %% ../../nbs/rounding/13_gptq.ipynb #c04fitc

@@ -42,29 +42,6 @@ def solve_zeta(
     with one_thread():
         return torch.linalg.solve(A + pull * eye, b + pull)
 
-# %% ../../nbs/rounding/17_zfold.ipynb #dd05bdf7
-def _fit(Ws, Hs, zeta, args, options):
-    "For a given `zeta`: the summed loss, the best grid of each layer, and the rounded `W / zeta`."
-    loss, grids, Bs = 0.0, [], []
-    for W, H in zip(Ws, Hs):
-        grid = fit_grid(W / zeta, scale_hessian(H, zeta), *args, **options)
-        B = grid.round(W / zeta)
-        loss += float(quadratic_loss(B * zeta - W, H))
-        grids.append(grid)
-        Bs.append(B)
-    return loss, grids, Bs
-
-# %% ../../nbs/rounding/17_zfold.ipynb #63ab89a4
-def _check(Ws, Hs, rounds, min_zeta):
-    "Raises `AespaError` on layers that do not belong together or options that cannot work."
-    if len(Ws) != len(Hs) or not len(Ws):
-        raise AespaError(f"zfold needs one H for each weight, not {len(Hs)} for {len(Ws)}")
-    inp = Ws[0].shape[-1]
-    if any(W.shape[-1] != inp or H.shape[-2:] != (inp, inp) for W, H in zip(Ws, Hs)):
-        raise AespaError("layers that share zeta must read the same input: equal numbers of columns")
-    if rounds < 0 or not 0 < min_zeta <= 1:
-        raise AespaError("zfold needs rounds >= 0 and 0 < min_zeta <= 1")
-
 # %% ../../nbs/rounding/17_zfold.ipynb #30f5a718
 def zfold(
     Ws: Sequence[Float[Tensor, "*_heads _out inp"]],  # the layers that read the same input
@@ -79,13 +56,26 @@ def zfold(
     """A scale per input shared by all layers, and their grids. Source: Jeon et al., EMNLP 2023 (Z-Fold), section 3.
 
     Keeps the best round: `zeta` is all ones when none improves the summed loss. Raises `AespaError` on bad input."""
-    _check(Ws, Hs, rounds, min_zeta)
-    args = (bits, group_size, symmetric)
-    zeta = Ws[0].new_ones(Ws[0].shape[-1])
-    loss, grids, Bs = _fit(Ws, Hs, zeta, args, options)
+    if len(Ws) != len(Hs) or not len(Ws):
+        raise AespaError(f"zfold needs one H for each weight, not {len(Hs)} for {len(Ws)}")
+    inp = Ws[0].shape[-1]
+    if any(W.shape[-1] != inp or H.shape[-2:] != (inp, inp) for W, H in zip(Ws, Hs)):
+        raise AespaError("layers that share zeta must read the same input: equal numbers of columns")
+    if rounds < 0 or not 0 < min_zeta <= 1:
+        raise AespaError("zfold needs rounds >= 0 and 0 < min_zeta <= 1")
+
+    def fit(zeta):
+        "For this zeta: the summed loss, the best grid of each layer, and the rounded `W / zeta`."
+        search = lambda W, H: fit_grid(W / zeta, scale_hessian(H, zeta), bits, group_size, symmetric, **options)
+        grids = [search(W, H) for W, H in zip(Ws, Hs)]
+        Bs = [grid.round(W / zeta) for grid, W in zip(grids, Ws)]
+        return sum(float(quadratic_loss(B * zeta - W, H)) for B, W, H in zip(Bs, Ws, Hs)), grids, Bs
+
+    zeta = Ws[0].new_ones(inp)
+    loss, grids, Bs = fit(zeta)
     for _ in range(rounds):
         new_zeta = solve_zeta(Bs, Ws, Hs).clamp(min_zeta, 1 / min_zeta)
-        new_loss, new_grids, Bs = _fit(Ws, Hs, new_zeta, args, options)
+        new_loss, new_grids, Bs = fit(new_zeta)
         if not new_loss < loss * (1 - 1e-4):
             break
         zeta, loss, grids = new_zeta, new_loss, new_grids

@@ -1,8 +1,8 @@
 """The bridge from nbdev to Sphinx.
 
 The pages are raw copies of nbs/, so that the download and Colab buttons hand out the real notebook. While a page is
-read, its `#|` directives become the cell tags that MyST-NB knows, and names in backticks link to the API reference.
-The start page is README.md, which is made from nbs/index.ipynb.
+read, its `#|` directives become the cell tags that MyST-NB knows, folded cells are labelled with what is in them, and
+names in backticks link to the API reference. The start page is README.md, which is made from nbs/index.ipynb.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 from execnb.nbio import dict2nb, nb2dict
@@ -19,19 +20,23 @@ from nbdev.config import get_config
 from nbdev.process import NBProcessor
 from nbdev.processors import filter_stream_, hide_line
 
-from check_ladder import LADDER
-from make_readme import SITE
+from make_readme import SITE, figures_of, minutes
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "aespa_nb"
+FLOORS = "errors notation rounding attention data model baselines quantize export experiments plots cli".split()
 
 # --- before the build: the sources of the pages -------------------------------------------------------------------
 
 
 def modules():
-    "The library's modules that exist, lowest rung first; those of a package in the order of their names."
-    inside = lambda rung: sorted(f"{rung}.{p.stem}" for p in (LIBRARY / rung).glob("[a-z]*.py"))
-    return [m for rung in LADDER for m in (inside(rung) or [rung]) if (LIBRARY / f"{m.replace('.', '/')}.py").exists()]
+    "The modules and their chapters, {'rounding.gptq': 'rounding/13_gptq'}: lowest floor first, then in reading order."
+    found = {}
+    for path in LIBRARY.rglob("*.py"):
+        if chapter := re.search(r"File to edit: (?:\.\./)+nbs/([\w/]+)\.ipynb", path.read_text(encoding="utf-8")):
+            found[".".join(path.relative_to(LIBRARY).with_suffix("").parts)] = chapter[1]
+    order = lambda m: (FLOORS.index(m.split(".")[0]), found[m].rsplit("/", 1)[-1])
+    return {m: found[m] for m in sorted(found, key=order)}
 
 
 def lay_out_sources(app, config):
@@ -39,7 +44,7 @@ def lay_out_sources(app, config):
     pages, stubs = Path(app.srcdir) / "nbs", Path(app.srcdir) / "api/generated"
     for folder in (pages, stubs):
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "nbs", pages, ignore=shutil.ignore_patterns("[._]*", "index.ipynb"))
+    shutil.copytree(ROOT / "nbs", pages, ignore=shutil.ignore_patterns("[._]*", "index.ipynb", "runs"))
     stubs.mkdir()
     for m in modules():
         (stubs / f"{m}.md").write_text(f"# {m}\n\n```{{eval-rst}}\n.. automodule:: aespa_nb.{m}\n```\n")
@@ -47,59 +52,99 @@ def lay_out_sources(app, config):
 
 # --- while a page is read -----------------------------------------------------------------------------------------
 
-FOLDED = {"hide", "exporti"}  # setup and internal helpers: one click away, so that what is copied runs
+
+ANSWER = "the answer as code, tested"
 
 
-def tag_cells(cell):
-    "`#| hide`, `#| fig-alt: text` and their like become tags and metadata of the cell."
-    if cell.cell_type != "code":
-        return
-    d, tags, meta = cell.directives_, set(cell.metadata.get("tags", [])), cell.metadata
+def first_line(text):
+    return (text or "").strip().split("\n")[0]
+
+
+def imports_only(statements):
+    "Imports, and a call that sets the style of the figures."
+    call = lambda n: isinstance(n, ast.Expr) and "style" in ast.unparse(n)
+    return any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in statements) and all(
+        isinstance(n, (ast.Import, ast.ImportFrom)) or call(n) for n in statements
+    )
+
+
+def label(cell, after=""):
+    "What the bar of a folded cell says is in it; `after`: the text before the cell."
+    directives, code = re.match(r"((?:\s*#\|.*\n?)*)(.*)", cell.source, flags=re.S).groups()
+    statements = ast.parse(re.sub(r"^\s*[%!].*$", "", code, flags=re.M)).body
+    if imports_only(statements):
+        return "imports of the module" if "export" in cell.directives_ else "imports"
+    if "<summary>Answer" in after:
+        return ANSWER
+    if figures_of(cell):
+        title = re.search(r"title[(=]\s*\"([^\"{$]+)\"", code) or re.search(r"fig-alt: \"?([^,.:;]+)", directives)
+        return f"plot: {title[1]}" if title else "plot"
+    statements += [n for s in statements if isinstance(s, (ast.If, ast.Try)) for n in s.body]
+    defined = [n for n in statements if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    if defined:
+        purpose = next(filter(None, (first_line(ast.get_docstring(n)) for n in defined)), "").replace("`", "")
+        return ", ".join(n.name for n in defined) + (f": {purpose}" if purpose else "")
+    if any(isinstance(n, ast.Assert) or ast.unparse(n).startswith("test_") for n in statements):
+        return "checks"
+    targets = (t for n in statements if isinstance(n, ast.Assign) for t in n.targets)
+    return ", ".join(t.id for t in targets if isinstance(t, ast.Name)) or "setup"
+
+
+def tag_cell(cell, after=""):
+    "`#| hide`, `#| fig-alt: text` and their like become tags and metadata of the cell; `after`: the text before it."
+    d, tags, meta = cell.directives_, set(cell.metadata.get("tags", [])), {}
     false = {k.rstrip(":") for k, v in d.items() if v and v[0].lower() == "false"}
-    if "default_exp" in d or "include" in false:
+    if alt := re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, flags=re.M):
+        meta["image"] = {"alt": alt[1].strip().strip('"')}
+    shows = "" if "default_exp" in d else label(cell, after)
+    cell.source = re.sub(r"\A(?:\s*#\|.*\n?)+", "", cell.source)
+    if "default_exp" in d or "include" in false or not cell.source.strip():
         tags.add("remove-cell")
-    if FOLDED & d.keys():
-        tags.add("hide-cell" if cell.outputs else "hide-input")
     if "echo" in false:
         tags.add("remove-input")
     if "output" in false:
         tags.add("remove-output")
-    if "code-fold:" in d:
-        tags.add("hide-input")
     if "export" in d:
         tags.add("nb-export")
-    if alt := re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, flags=re.M):
-        meta["mystnb"] = {"image": {"alt": alt[1].strip().strip('"')}}
-    cell.source = re.sub(r"\A(?:\s*#\|.*\n?)+", "", cell.source)
-    if not cell.source.strip():
-        tags.add("remove-cell")
+    if not tags & {"remove-cell", "remove-input"}:
+        if {"hide", "exporti"} & d.keys():  # one click away, so that what is copied runs
+            tags.add("hide-cell" if cell.outputs and not figures_of(cell) else "hide-input")
+        elif shows == ANSWER:
+            tags.add("hide-cell")
+        elif "code-fold:" in d or shows.startswith("imports") or (figures_of(cell) and "export" not in d):
+            tags.add("hide-input")
+        if tags & {"hide-cell", "hide-input"}:
+            meta |= {"code_prompt_show": shows, "code_prompt_hide": shows}
+    if meta:
+        cell.metadata["mystnb"] = meta
     if tags:
-        meta["tags"] = sorted(tags)
+        cell.metadata["tags"] = sorted(tags)
 
 
 def symbols():
     "From the name of an exported symbol to its full name."
-    index = LIBRARY / "_modidx.py"
     scope = {}
-    if index.exists():
-        exec(index.read_text(), scope)
-    syms = scope.get("d", {}).get("syms", {})
+    exec((LIBRARY / "_modidx.py").read_text(), scope)
     public = lambda name: not name.rsplit(".", 1)[-1].startswith("_")
-    return {k.removeprefix(f"{m}."): k for m, names in syms.items() for k in names if public(k)}
+    return {k.removeprefix(f"{m}."): k for m, names in scope["d"]["syms"].items() for k in names if public(k)}
 
 
 def link_code(text, syms):
-    "`quantize_model` in prose becomes a link to its reference."
+    "`quantize_model` in prose becomes a link to its reference; links out of nbs/ lead to their place on the site."
     lines, fenced = [], False
     for line in text.splitlines(True):
         if line.lstrip().startswith(("```", "~~~", "$$")):
             fenced = not fenced
         elif not fenced and not line.startswith("#"):
-            line = re.sub(
-                r"(?<![`\[}])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`|\])",
-                lambda m: f"{{py:obj}}`{m[1]} <{syms[m[1]]}>`" if m[1] in syms else m[0],
-                line,
-            ).replace("](index.ipynb", "](../index.md").replace("](../docs/", "](../")
+            line = (
+                re.sub(
+                    r"(?<![`\[}])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`|\])",
+                    lambda m: f"{{py:obj}}`{m[1]} <{syms[m[1]]}>`" if m[1] in syms else m[0],
+                    line,
+                )
+                .replace("](../index.ipynb", "](../../index.md")
+                .replace("](../../docs/", "](../../")
+            )
         lines.append(line)
     return "".join(lines)
 
@@ -113,15 +158,31 @@ def link_cell(cell, syms):
             data["text/markdown"] = link_code("".join(data["text/markdown"]), syms)
 
 
+def read_chapter(docname, source, way):
+    "The notebook, its cells tagged and linked; under its title the minutes it takes and its place on the short way."
+    nb, syms = dict2nb(json.loads(source)), symbols()
+    about = [f"{minutes(nb)} minutes"]
+    if docname in way:
+        at = way.index(docname)
+        about.append(f"page {at + 1} of {len(way)} of *the paper in two hours*")
+        if at + 1 < len(way):
+            about.append(f"next: [](/{way[at + 1]}.ipynb)")
+    NBProcessor(nb=nb, procs=[filter_stream_, hide_line, lambda cell: link_cell(cell, syms)], process=True)
+    for before, cell in pairwise([dict2nb({"cells": [{"cell_type": "markdown", "source": ""}]}).cells[0], *nb.cells]):
+        if cell.cell_type == "code":
+            tag_cell(cell, before.source)
+    title, below = next(c for c in nb.cells if c.cell_type == "markdown"), f"{{.minutes}}\n{' · '.join(about)}"
+    title.source = re.sub(r"(\A# .*\n\s*(?:>.*\n?)*)", rf"\1\n\n{below}\n\n", title.source, count=1)
+    return json.dumps(nb2dict(nb))
+
+
 def module_table():
     "A table of the modules: name, promise, chapter."
     rows = ["| module | what it does | chapter |", "|---|---|---|"]
-    for m in modules():
+    for m, chapter in modules().items():
         text = (LIBRARY / f"{m.replace('.', '/')}.py").read_text(encoding="utf-8")
         promise = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
-        chapter = re.search(r"File to edit: (?:\.\./)+nbs/(\w+)\.ipynb", text)
-        chapter = f"[{chapter[1]}](../nbs/{chapter[1]}.ipynb)" if chapter else ""
-        rows.append(f"| [{m}](generated/{m}.md) | {promise} | {chapter} |")
+        rows.append(f"| [{m}](generated/{m}.md) | {promise} | [](../nbs/{chapter}.ipynb) |")
     toctree = "\n".join(["```{toctree}", ":hidden:", *(f"generated/{m}" for m in modules()), "```"])
     return "\n".join(rows) + "\n\n" + toctree
 
@@ -129,31 +190,32 @@ def module_table():
 def start_page():
     "README.md with its links to the site and its figures turned into local ones."
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = re.sub(re.escape(SITE) + r"(\w+)\.html", r"nbs/\1.ipynb", text)
+    text = re.sub(re.escape(SITE) + r"nbs/([\w/]+)\.html", r"nbs/\1.ipynb", text)
+    text = re.sub(re.escape(SITE) + r"(\w+)\.html", r"\1.md", text)
     return text.replace("](docs/_static/", "](_static/")
-
-
-def entry(line, pages):
-    "A line `nbs/04_gptq` of the table of contents with its number and title, or nothing if it is not written yet."
-    page = pages / f"{line[1]}.ipynb"
-    if not page.exists():
-        return ""
-    number = re.match(r"nbs/0?([0-3]?\d[a-z]?)_", line[1])
-    title = re.search(r'"# (.+?)(?:\\n)?"', page.read_text(encoding="utf-8"))[1]
-    return f"{number[1]} {title} <{line[1]}>\n" if number else line[0]
 
 
 def read(app, docname, source):
     if docname.startswith("nbs/"):
-        nb, syms = dict2nb(json.loads(source[0])), symbols()
-        procs = [filter_stream_, hide_line, tag_cells, lambda cell: link_cell(cell, syms)]
-        NBProcessor(nb=nb, procs=procs, process=True)
-        source[0] = json.dumps(nb2dict(nb))
+        source[0] = read_chapter(docname, source[0], short_way(app.srcdir))
     elif docname == "index":
-        contents = re.sub(r"^(nbs/\w+)\n", lambda line: entry(line, Path(app.srcdir)), source[0], flags=re.M)
-        source[0] = contents.replace("{{ README }}", start_page())
+        source[0] = source[0].replace("{{ README }}", start_page())
     elif docname == "api/index":
         source[0] = source[0].replace("{{ modules }}", module_table())
+
+
+# --- two ways through the book ------------------------------------------------------------------------------------
+
+
+def short_way(srcdir):
+    "The pages of the first table of contents on the start page."
+    return re.findall(r"^nbs/\S+", (Path(srcdir) / "index.md").read_text(encoding="utf-8").split("```")[1], flags=re.M)
+
+
+def follow_the_ladder(app, env):
+    "A page of the short way stands twice in the side bar: its neighbours are those of its second place, on the ladder."
+    pages = env.toctree_includes["index"]
+    env.toctree_includes["index"] = list(dict.fromkeys(reversed(pages)))[::-1]
 
 
 # --- docstrings ---------------------------------------------------------------------------------------------------
@@ -164,7 +226,7 @@ def to_rst(text):
     out = []
     for part in re.split(r"(`[^`]+`|\$[^$\n]+\$)", text):
         if part[:1] == "`":
-            out.append(f"``{part[1:-1]}``")
+            out.append(f"``{part[1:-1]}``\\ ")  # an escaped space ends it, even within a word, and is not shown
         elif part[:1] == "$" and len(part) > 1:
             out.append(f":math:`{part[1:-1]}`")
         else:
@@ -174,7 +236,7 @@ def to_rst(text):
 
 def document(app, what, name, obj, options, lines):
     "Markdown to reStructuredText, and the comments beside the parameters to a list of fields."
-    lines[:] = [to_rst(line) for line in lines]
+    lines[:] = to_rst("\n".join(lines)).split("\n")
     if what not in ("function", "method", "class"):
         return
     try:
@@ -193,5 +255,6 @@ def setup(app):
     get_config(path=ROOT)
     app.connect("config-inited", lay_out_sources, priority=100)
     app.connect("source-read", read)
+    app.connect("env-updated", follow_the_ladder)
     app.connect("autodoc-process-docstring", document, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -4,17 +4,14 @@ The runs of `make demo` at 2 bits once more (same calibration, steps and measure
 of the first tokens of the first held-out windows.
 """
 
-import json
-from pathlib import Path
-
 import torch
 from aespa_nb import AespaConfig, load_reference
-from aespa_nb.experiments.results import compare_presets
 from aespa_nb.data.text import calibration_windows
+from aespa_nb.experiments.results import compare_presets
+from common import RUNS, WINDOWS, stale, stamp, write_record
 
-RESULTS = Path("nbs/runs/texts.json")
 PRESETS = ("rtn", "gptq", "adaround", "aespa", "best")
-BITS, SAMPLES, WINDOWS, ITERATIONS = 2, 128, 128, 500  # as the demo
+BITS, SAMPLES, ITERATIONS = 2, 128, 500  # as the demo
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 48, 40
 
 
@@ -27,20 +24,14 @@ def continuations(model, prompts) -> list[list[int]]:
     return ids[:, prompts.shape[1] :].tolist()
 
 
-def main():
-    torch.set_num_threads(1)
+if __name__ == "__main__" and stale(path := RUNS / "texts.json"):
     model, tokenizer, _, heldout = load_reference()
     calib = calibration_windows("reference", tokenizer, SAMPLES, heldout.shape[1], 0).tokens
     prompts = heldout[:PROMPTS, :PROMPT_TOKENS]
     configs = [AespaConfig.preset(p, BITS, seed=0, iterations=ITERATIONS) for p in PRESETS]
-    settings = dict(bits=BITS, samples=SAMPLES, windows=WINDOWS, iterations=ITERATIONS)
-    runs = []
+    settings, runs = dict(bits=BITS, samples=SAMPLES, windows=WINDOWS, iterations=ITERATIONS), []
     for row, rounded, _ in compare_presets(model, calib, heldout[:WINDOWS], configs, PRESETS, dtype=torch.float16):
-        ids = continuations(rounded, prompts)
-        runs.append({k: row[k] for k in ("method", "perplexity", "kl")} | dict(tokens=ids))
-        print(row["method"], f"KL {row['kl']:.4f}", repr(tokenizer.decode(ids[0])), flush=True)
-    RESULTS.write_text(json.dumps(dict(settings=settings, prompts=prompts.tolist(), runs=runs)) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        runs.append({k: row[k] for k in ("method", "perplexity", "kl")} | dict(tokens=continuations(rounded, prompts)))
+        print(row["method"], f"KL {row['kl']:.4f}", repr(tokenizer.decode(runs[-1]["tokens"][0])), flush=True)
+    content = dict(settings=settings, prompts=prompts.tolist(), runs=runs)
+    write_record(path, content | dict(made=stamp(settings | dict(presets=list(PRESETS)))))

@@ -1,0 +1,134 @@
+"""Hours on one core, for the chapters on ablations and on Kronecker losses: `make campaign`.
+
+    python experiments/campaign.py ablations      parts of the recipe on and off; nbs/runs/campaign.json
+    python experiments/campaign.py layers         the two solvers on the loss of every layer; nbs/runs/layers.json
+    python experiments/campaign.py precompute     a learning step with the data and without; nbs/runs/precompute.json
+"""
+
+import argparse
+import contextlib
+import functools
+import time
+from dataclasses import replace
+
+import torch
+from aespa_nb import AespaConfig, load_reference
+from aespa_nb.attention.block_error import AttentionBlock, refined_v_loss
+from aespa_nb.attention.forward import causal_mask, rope_cos_sin
+from aespa_nb.attention.kronecker_losses import AttentionStatistics
+from aespa_nb.model.capture import capturing
+from aespa_nb.model.statistics import block_losses
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.rounding.adaround import adaround
+from aespa_nb.rounding.descent import descend
+from aespa_nb.rounding.gptq import gptq
+from aespa_nb.rounding.grid_search import fit_grid
+from common import SAMPLES, resume, rounded, stamp
+
+SOLVED = dict(objective="gauss-newton", solver="descent")
+ABLATIONS = {  # name -> (preset, changes); the first six change objective and solver alone
+    **{f"{o}, {s}": ("gptq", dict(objective=o, solver=s)) for o in ("layer", "attention", "gauss-newton")
+       for s in ("gptq", "descent")},
+    "damping 0.05": ("gptq", dict(**SOLVED, damping=0.05)),
+    "full-precision target": ("gptq", dict(**SOLVED, damping=0.05, correction=0.8)),
+    "best": ("best", {}),
+    "best, layer-wise objective": ("best", dict(objective="layer")),
+    "best, the paper's objective": ("best", dict(objective="attention")),
+    "best, damping 0.01": ("best", dict(damping=0.01)),
+    "best, damping 0.1": ("best", dict(damping=0.1)),
+    "best, no target": ("best", dict(correction=0.0)),
+    "best, full correction": ("best", dict(correction=1.0)),
+    "best, one start": ("best", dict(starts=1)),
+    "best, six starts": ("best", dict(starts=6)),
+    "best, Z-Fold": ("best", dict(zfold=True)),
+    "max": ("max", {}),
+}  # fmt: skip
+
+
+def ablations(reference, args):
+    jobs = [dict(name=n, bits=b, seed=s) for s in args.seeds for b in args.bits or [2] for n in args.names or ABLATIONS]
+
+    def run(job):
+        preset, changes = ABLATIONS[job["name"]]
+        config = AespaConfig.preset(preset, job["bits"], seed=job["seed"], samples=SAMPLES, **changes)
+        return dict(preset=preset, changes=changes) | rounded(reference, config)[2]
+
+    resume("campaign", jobs, run)
+
+
+def layer_losses(reference, objective: str):
+    "The losses of every layer of the full-precision model: (name, weight, loss)."
+    model, order = reference.model, torch.randperm(len(reference.calib), generator=torch.Generator().manual_seed(0))
+    stream = BlockStream(model, reference.calib[order[:32]], 1)
+    with torch.no_grad(), capturing(model), contextlib.closing(stream):
+        for i, block in enumerate(model.model.layers):
+            for name, loss in block_losses(model, block, stream, objective).losses.items():
+                yield f"{i}.{name}", block.get_submodule(name).weight, loss
+            stream.run(block, keep=True)
+
+
+def timed(f):
+    start = time.process_time()
+    return f(), time.process_time() - start
+
+
+@torch.no_grad()
+def solvers(W, loss, recipe) -> dict:
+    "What GPTQ, then AdaRound and descent from there reach on one layer; `same_grid`: scales not refitted."
+    U = loss.split(W)
+    grid = fit_grid(U, loss.H, recipe.bits)
+    start = gptq(U, loss.H, grid)
+    value = lambda codes: float(loss(grid.values(codes) - U))
+    learn = lambda: adaround(U, grid, loss, start.W_comp, recipe.iterations, 0.015, loss_scale=recipe.loss_scale)
+    learned, learning = timed(learn)
+    free, descending = timed(lambda: descend(U, grid, loss.H, loss.G, start.codes))
+    fixed = descend(U, grid, loss.H, loss.G, start.codes, refit=False)
+    found = dict(gptq=value(start.codes), adaround=value(learned), same_grid=fixed.loss, descent=free.loss)
+    return found | dict(adaround_seconds=learning, descent_seconds=descending, made=stamp(recipe))
+
+
+def layers(reference, args):
+    for bits in args.bits or (2, 3):
+        recipe = AespaConfig.preset("aespa", bits)
+        for name, W, loss in layer_losses(reference, recipe.objective):
+            if not args.names or name in args.names:
+                run = functools.partial(solvers, W, loss.damped(recipe.damping), recipe)
+                resume("layers", [dict(layer=name, bits=bits)], lambda job, run=run: run())
+
+
+def precompute(reference, args, steps: int = 20):
+    "CPU seconds of an AdaRound step on W_V of the first block, on both forms of its loss, and of the statistics."
+    block, config = reference.model.model.layers[0], reference.model.config
+    weights = [getattr(block.self_attn, f"{x}_proj").weight.detach() for x in "qkvo"]
+    rope = tuple(t.float() for t in rope_cos_sin(256, config.head_dim))
+    n_heads, n_kv = config.num_attention_heads, config.num_key_value_heads
+    heads, W = AttentionBlock(*weights, n_heads, n_kv, rope, causal_mask(256).float()), weights[2]
+
+    def run(job):
+        with torch.no_grad():
+            tokens = reference.calib[: job["sequences"]]
+            X = block.input_layernorm(reference.model.model.embed_tokens(tokens)).mT.contiguous()
+        seen = heads(X)
+        statistics = AttentionStatistics(n_heads, n_kv, len(W) // n_kv, W.shape[1], None)
+        batches = zip(*(t.split(1) for t in (X, seen.Q, seen.K, seen.A)))
+        _, once = timed(lambda: [statistics.add(*batch) for batch in batches])
+        loss = statistics.losses()["v"]
+        grid = fit_grid(W, loss.H.mean(0), 2)
+        form = lambda dW: refined_v_loss(dW, X, seen.A, n_kv)
+        from_data, data = timed(lambda: adaround(W, grid, form, iterations=steps))
+        by_head = replace(grid, scale=grid.scale.view(n_kv, -1, 1), zero=grid.zero.view(n_kv, -1, 1))
+        from_matrix, matrix = timed(lambda: adaround(loss.split(W), by_head, loss, iterations=steps))
+        assert (from_data == from_matrix.view_as(from_data)).float().mean() > 0.99  # the same learning
+        return dict(tokens=tokens.numel(), data=data / steps, precomputed=matrix / steps, statistics=once)
+
+    resume("precompute", [dict(sequences=2**i) for i in range(7)], run)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("ablations", "layers", "precompute"))
+    parser.add_argument("--bits", type=int, nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--names", nargs="+", help="only these recipes, or layers")
+    args = parser.parse_args()
+    globals()[args.which](load_reference(), args)

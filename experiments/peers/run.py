@@ -1,0 +1,119 @@
+"""Quantize the bundled model with a published package, in an environment of its own, and score what comes out.
+
+    python experiments/peers/run.py auto-round --bits 2
+    python experiments/peers/run.py auto-round --bits 3 --group-size 64 --recipe best --seed 1
+
+The first run of a peer makes its environment, build/peers/<peer>, from requirements/<peer>.txt. The peer works on one
+thread on the calibration sequences that aespa_nb draws with the same seed and writes the weights it has changed to
+build/peers/out. We load them into a fresh model, check that every weight is on a grid of 2**bits levels, and measure
+KL divergence and perplexity on held-out windows. The record is nbs/runs/peers.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+BUILD, REFERENCE = ROOT / "build/peers", ROOT / "aespa_nb/reference"
+RECIPES = json.loads((HERE / "recipes.json").read_text())
+# For us and for the peers, before torch is imported. GPTQModel starts with two workers at least; what torch has
+# compiled for a peer is there for its next run.
+os.environ.update({f"{pool}_NUM_THREADS": "1" for pool in "OMP MKL OPENBLAS NUMEXPR NUMBA".split()})
+os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="1", GPTQMODEL_CPU_WORKERS="2", CUDA_VISIBLE_DEVICES="")
+os.environ.update(TORCHINDUCTOR_CACHE_DIR=str(BUILD / "cache"))
+sys.path += [str(ROOT / "experiments"), str(ROOT / "tools")]
+
+import install  # noqa: E402
+import torch  # noqa: E402
+from aespa_nb import evaluate_model, load_reference  # noqa: E402
+from aespa_nb.model.blocks import linears_of, stacks_of  # noqa: E402
+from common import resume, stamp  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def requirements(peer):
+    "What is to be installed; what stands in <peer>-alone.txt is installed without its dependencies."
+    return "".join(path.read_text() for path in sorted(HERE.glob(f"requirements/{peer}*.txt"), reverse=True))
+
+
+def environment(peer):
+    "The Python of the peer's environment, which is made if it is missing or its requirements have changed."
+    home, wanted = BUILD / peer, requirements(peer)
+    made, alone = home / "requirements.txt", HERE / f"requirements/{peer}-alone.txt"
+    if not (made.exists() and made.read_text() == wanted):
+        print(f"Making {home}", flush=True)
+        venv.create(home, with_pip=True, clear=True)
+        install.VENV = home
+        install.install_torch(re.search(r"^torch==\S+", wanted, flags=re.M)[0])
+        install.pip("--quiet", "-r", HERE / f"requirements/{peer}.txt")
+        alone.exists() and install.pip("--quiet", "--no-deps", "-r", alone)
+        made.write_text(wanted)  # last: an environment that is cut short is made anew
+    return home / "bin/python"
+
+
+def quantize(args):
+    "Runs the adapter in the peer's environment; the weights that it has changed, and what it reports."
+    name = f"{args.model or 'reference'}-{args.peer}-{args.recipe}-{args.bits}b-g{args.group_size or 0}-s{args.seed}"
+    place = BUILD / "out" / name
+    tokens, out, result, log, job = (place.with_suffix(f".{x}") for x in "tokens safetensors result log job".split())
+    place.parent.mkdir(parents=True, exist_ok=True)
+    calib = load_reference(folder=args.folder).calib
+    order = torch.randperm(len(calib), generator=torch.Generator().manual_seed(args.seed))
+    save_file({"tokens": calib[order[: args.samples]].contiguous()}, tokens)
+    what = dict(peer=args.peer, bits=args.bits, group_size=args.group_size, seed=args.seed, model=str(args.folder))
+    what |= dict(tokens=str(tokens), out=str(out), result=str(result), settings=RECIPES[args.peer][args.recipe])
+    job.write_text(json.dumps(what | dict(packages=re.findall(r"^([\w-]+)==", requirements(args.peer), flags=re.M))))
+    with open(log, "w") as file:
+        words = [environment(args.peer), HERE / "adapters.py", job]
+        if subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, cwd=BUILD).returncode:
+            sys.exit(f"{args.peer} failed; the end of {log}:\n" + log.read_text()[-3000:])
+    return load_file(out), json.loads(result.read_text())
+
+
+def check(weights, model, bits, group_size):
+    "Exactly the linears of the blocks are rounded, each to at most 2**bits levels in a row's group."
+    blocks = [(f"{path}.{i}", block) for path in stacks_of(model) for i, block in enumerate(model.get_submodule(path))]
+    rounded = {f"{path}.{name}.weight" for path, block in blocks for name in linears_of(block)}
+    odd = [name for name in weights if name not in rounded and not (name in model.state_dict() and "norm" in name)]
+    if odd or not rounded <= set(weights):
+        sys.exit(f"not rounded: {sorted(rounded - set(weights))}; should not have changed: {odd}")
+    for name in rounded:
+        ordered = weights[name].reshape(-1, group_size or weights[name].shape[1]).sort(1).values
+        if (levels := int((ordered.diff() != 0).sum(1).max()) + 1) > 2**bits:
+            sys.exit(f"{name} has {levels} levels in a group: that is not {bits} bits")
+
+
+if __name__ == "__main__":
+    known = "\n".join(f"  {peer:16} recipes: {', '.join(recipes)}" for peer, recipes in RECIPES.items())
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"peers:\n{known}", formatter_class=layout)
+    parser.add_argument("peer", choices=RECIPES, metavar="peer", help="one of the peers named below")
+    parser.add_argument("--recipe", default="default", help="named settings in recipes.json (default: default)")
+    parser.add_argument("--bits", type=int, default=2, help="bits per weight (default: 2)")
+    parser.add_argument("--group-size", type=int, help="inputs that share a scale (default: the whole row)")
+    parser.add_argument("--samples", type=int, default=64, help="calibration sequences (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default: 0)")
+    parser.add_argument("--eval-samples", type=int, default=128, help="held-out windows to score on (default: 128)")
+    parser.add_argument("--model", type=Path, help="folder that train_reference.py made (default: the bundled)")
+    args = parser.parse_args()
+    if args.recipe not in RECIPES[args.peer]:
+        parser.error(f"{args.peer} has the recipes {', '.join(RECIPES[args.peer])}")
+    args.folder, args.model = (args.model or REFERENCE).resolve(), args.model.parent.name if args.model else None
+
+    def run(job):
+        weights, report = quantize(args)
+        full, model = load_reference(folder=args.folder), load_reference(folder=args.folder).model
+        check(weights, model, args.bits, args.group_size)
+        model.load_state_dict(weights, strict=False)
+        scores = evaluate_model(model, full.heldout[: args.eval_samples], full.model)._asdict()
+        settings, machine = RECIPES[args.peer][args.recipe], [platform.processor(), platform.system()]
+        return dict(settings=settings, **scores, **report, machine=machine, made=stamp(dict(settings, **job)))
+
+    keys = ("model", "peer", "recipe", "bits", "group_size", "samples", "eval_samples", "seed")
+    resume("peers", [{k: getattr(args, k) for k in keys}], run)
