@@ -39,4 +39,4 @@ def load_model(
     if ours and '"quant_method": "gptq"' in config.read_text(errors="replace"):
         model = read_quantized(folder).model
         return model.to(dtype or model.dtype), stored_tokenizer(folder)
-    return checkpoint.load_model(source, dtype, trust_remote_code)
+    return checkpoint.load_checkpoint(source, dtype, trust_remote_code)
