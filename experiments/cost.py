@@ -34,11 +34,12 @@ def growth_point(preset, blocks, seqs, seqlen, shape):
     model = random_model(shape, blocks, seqlen)
     tokens, config = random_tokens(model, seqs, seqlen), AespaConfig.preset(preset, bits=2, iterations=50)
     row = dict(preset=preset, blocks=blocks, seqs=seqs, seqlen=seqlen, shape=shape)
-    if (preset, seqlen) == ("best", 256):
-        row["flops"] = measure_cost(random_model(shape, blocks, seqlen), tokens, config).flops
     with timed(time.thread_time) as seconds:
         report = quantize_model(model, tokens, config)
-    return row | dict(seconds=sum(seconds.values()), peak_bytes=report.peak_bytes, phases=seconds)
+    row |= dict(seconds=sum(seconds.values()), peak_bytes=report.peak_bytes, phases=seconds)
+    if (preset, seqlen) == ("best", 256):
+        row["flops"] = measure_cost(random_model(shape, blocks, seqlen), tokens, config).flops
+    return row
 
 
 def growth():

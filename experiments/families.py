@@ -145,7 +145,7 @@ def reproduction(model, data) -> float:
         found, ours = survey(model, block, stream), []
         merge = lambda m, Q, K, V, A: ours.append((A[:] @ repeat_kv(V, Q.shape[1]).mT).transpose(1, 2).flatten(2))
         watch = Watch() if found.watched else contextlib.nullcontext()
-        with reading(block, [a.o for a in found.attentions]) as read, capture_attention(merge, to=block), watch:
+        with reading(block, [a.o for a in found.attentions]) as read, capture_attention(merge, within=block), watch:
             stream.run(block)
         theirs = [x for together in zip(*read.values()) for x in together]
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))

@@ -175,12 +175,9 @@ def test_what_does_not_fit_is_refused():
 def test_round_layer_takes_it(group_size, symmetric):
     p = Problem(2, 8, 16)
     config = AespaConfig.preset("turboboa", 2, group_size=group_size, symmetric=symmetric)
-    W = p.W.reshape(16, 16)
-    W_hat, grid, rtn, loss = round_layer(W, KroneckerLoss(p.H, p.G), torch.ones(16).double(), config)
-    codes = W_hat / grid.expand(16)[0] + grid.expand(16)[1]
-    assert_close(codes, codes.round(), rtol=0, atol=1e-9)
-    assert codes.round().min() >= 0 and codes.round().max() <= 3 and loss < rtn
-    assert not symmetric or (grid.zero == 2).all()
+    r = round_layer(p.W.reshape(16, 16), KroneckerLoss(p.H, p.G), config)
+    assert r.codes.max() <= 3 and r.loss < r.loss_rtn and (not symmetric or (r.grid.zero == 2).all())
+    assert r.grid.scale.shape == (16, 2 if group_size else 1)
 
 
 @pytest.mark.parametrize("group_size", [None, 16])

@@ -38,7 +38,7 @@ def test_every_linear_is_quantized_or_named(name):
     report = quantize_model(model, families.inputs(name, 3), AespaConfig.preset("aespa", bits=3, iterations=2))
     assert not families.accounted_for(model, report)
     for r in report.layers.values():
-        torch.testing.assert_close(r.grid.values(r.codes.float()) * r.zeta, r.weight, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(r.grid.values(r.codes.float()) * r.zeta, r.weight(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -14,7 +14,6 @@ from aespa_nb import AespaConfig, quantize_model
 from aespa_nb.errors import AespaError, NumericalError, UnsupportedModelError
 from aespa_nb.model.blocks import linears_of, stacks_of
 from aespa_nb.quantize.config import METHODS, SOLVERS, resolve
-from aespa_nb.quantize.report import report_rows
 from aespa_nb.rounding.gptq import gptq
 from aespa_nb.rounding.grid import minmax_grid
 from aespa_nb.rounding.packing import RoundedWeight
@@ -104,7 +103,7 @@ def test_weights_are_made_from_records_and_errors_below_rtn(model, method, chang
     assert len(report.layers) == (12 if "keep" in changes else 14)
     for name, r in report.layers.items():
         assert r.loss <= r.loss_rtn and torch.equal(r.weight(), rounded.get_submodule(name).weight)
-    rows = report_rows(report)
+    rows = report.rows()
     assert {row["bits"] for row in rows} == {changes.get("bits", 2)}
     assert torch.isfinite(rounded(FEW).logits).all()
 
@@ -185,7 +184,7 @@ def test_a_method_that_fails_or_is_worse_than_rtn_leaves_nearest_values_and_says
 
 
 @pytest.mark.parametrize("objective", ["layer", "attention", "gauss-newton"])
-@pytest.mark.parametrize("changes", [{}, {"group_size": 16}, {"zfold": True}, {"shares": 2}])
+@pytest.mark.parametrize("changes", [{}, {"group_size": 16}, {"zfold": True}])
 def test_a_solver_of_ones_own_does_what_the_same_one_inside_does(model, monkeypatch, objective, changes):
     monkeypatch.setitem(SOLVERS, "mine", lambda U, grid, loss, config: (gptq(U, loss.H, grid).codes, grid))
     mine, inside = copy.deepcopy(model), copy.deepcopy(model)
