@@ -20,7 +20,6 @@ from typing import Annotated
 
 import typer
 
-import aespa_nb
 from .errors import AespaError
 from .options import PRESETS_TEXT, TEXT_SOURCES, Format, Out, Quiet, Seqlen, Windows, app, command, option
 from .options import Changes, Recipe, Source, Text, one_line, spelled_out, told, window_length
@@ -101,6 +100,7 @@ def quantize(
     from aespa_nb.experiments import results
     from aespa_nb.export.formats import check_format
     from aespa_nb.quantize import bit_allocation, journal
+    from aespa_nb.quantize.model import quantize_model
     from aespa_nb.quantize.report import config_fields
 
     options = {**asdict(source), **asdict(recipe), **asdict(text), "auto_bits": auto_bits, "format": form}
@@ -111,7 +111,7 @@ def quantize(
             model, _ = source.load()
             team.meet()
             calib, config = team.broadcast()
-            aespa_nb.quantize_model(model, calib, config, team=team)
+            quantize_model(model, calib, config, team=team)
             return
         journal.check_free(out, resume)
         source.refuse_rounded()
@@ -127,14 +127,14 @@ def quantize(
         run = results.how_it_ran(options, told(said), [config])
         if auto_bits is not None:
             choices = (2, 3, 4, 8) if form == "gptq" else bit_allocation.CHOICES
-            config = aespa_nb.auto_bits(model, calib, config, auto_bits, choices, progress=not quiet)
+            config = bit_allocation.auto_bits(model, calib, config, auto_bits, choices, progress=not quiet)
             print(bit_allocation.bits_text(config))
         dtype = source.file_dtype(config)
         team.meet()
         team.broadcast((calib, config))
         with journal.complete_folder(out, resume, config_fields(config)) as folder:
             rounded, _ = source.load()
-            report = aespa_nb.quantize_model(rounded, calib, config, not quiet, folder.parent / "journal", team)
+            report = quantize_model(rounded, calib, config, not quiet, folder.parent / "journal", team)
             done = save(folder, rounded, report, form, tokenizer, text.facts(source), dtype)
             title = f"{source.model}: {recipe.preset}, {auto_bits or recipe.bits} bits"
             rows = results.report_run(folder, title, run, (model, rounded), report, heldout, not quiet)
@@ -152,12 +152,13 @@ def export(
     form: Format = "compressed-tensors",
 ) -> None:
     "Write a rounded model in another format, from its codes: nothing is computed again."
+    from aespa_nb.export.checkpoint import export_model, read_quantized
     from aespa_nb.export.loading import stored_tokenizer
     from aespa_nb.quantize.journal import check_free
 
     check_free(out)
-    model, report, facts = aespa_nb.read_quantized(folder)
-    done = aespa_nb.export_model(model, report, out, form, stored_tokenizer(folder), facts)
+    model, report, facts = read_quantized(folder)
+    done = export_model(model, report, out, form, stored_tokenizer(folder), facts)
     print(f"{size_text(done)}written to {out}")
 
 # %% ../nbs/guides/90_cli.ipynb #d80f6bb3
@@ -194,6 +195,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     "Measure a model: perplexity on held-out text, KL divergence from another model, or tasks."
+    from aespa_nb.data.scores import evaluate_model
     from aespa_nb.data.tasks import run_tasks
     from aespa_nb.data.text import evaluation_windows
 
@@ -207,7 +209,7 @@ def evaluate(
     place = passage.data or "reference"
     seqlen = window_length(passage.seqlen, model, tokenizer, place)
     heldout, origin = evaluation_windows(place, tokenizer, seqlen, passage.eval_samples, passage.stride)
-    scores = aespa_nb.evaluate_model(model, heldout, other, stride=passage.stride, progress=not quiet, device=device)
+    scores = evaluate_model(model, heldout, other, stride=passage.stride, progress=not quiet, device=device)
     print(f"{origin}\nperplexity {scores.perplexity:.3f}")
     if passage.stride:
         print(f"after the first window, only the last {passage.stride} tokens of each are scored")
@@ -241,17 +243,18 @@ def compare(
     """Put presets side by side on one model: a table, a figure, and one record for each run.
 
     Call it again with the same --out to go on where it was stopped, or to add runs."""
-    from aespa_nb.data.text import calibration_windows
+    from aespa_nb.data.text import calibration_windows, load_reference
     from aespa_nb.experiments import comparison, results
+    from aespa_nb.quantize.config import PRESETS, AespaConfig
 
     source.refuse_rounded()
     sizes, changed = [size or None for size in grid.group_sizes], changes.given()
-    runs = comparison.plan_runs(grid.presets or list(aespa_nb.PRESETS), grid.bits, sizes, grid.seeds)
+    runs = comparison.plan_runs(grid.presets or list(PRESETS), grid.bits, sizes, grid.seeds)
     for one in runs:
-        aespa_nb.AespaConfig.preset(one.preset, one.bits, group_size=one.group_size, **changed)  # refused now
+        AespaConfig.preset(one.preset, one.bits, group_size=one.group_size, **changed)  # refused now
     model, tokenizer = source.load()
     calib, heldout, said = text.read(model, tokenizer)
-    seqlen, bundled = calib.shape[1], aespa_nb.load_reference().calib
+    seqlen, bundled = calib.shape[1], load_reference().calib
     draw = lambda seed: calibration_windows(text.calibration, tokenizer, text.samples, seqlen, seed).tokens
     if text.calibration == "reference" and seqlen == bundled.shape[1]:
         draw = comparison.drawing(bundled, text.samples)
@@ -343,12 +346,13 @@ def demo(
     from transformers import AutoModelForCausalLM
 
     from aespa_nb.experiments import results
+    from aespa_nb.quantize.config import AespaConfig
     from aespa_nb.quantize.journal import check_free, complete_folder
 
     check_free(out)
     source, kept, rows = Source("reference"), (presets[-1], min(bits)), []
     names = [(preset, width) for width in bits for preset in presets]
-    configs = [aespa_nb.AespaConfig.preset(*name, **changes.given()) for name in names]
+    configs = [AespaConfig.preset(*name, **changes.given()) for name in names]
     model, tokenizer = source.load()
     calib, heldout, said = text.read(model, tokenizer)
     options = {**asdict(changes), **asdict(text), "bits": bits, "presets": presets}
