@@ -18,7 +18,6 @@ from typing import Annotated, Literal, get_type_hints
 
 import typer
 
-import aespa_nb
 from .errors import AespaError
 
 # %% ../nbs/guides/89_options.ipynb #e34763f1
@@ -103,7 +102,9 @@ class Source:
 
     def load(self):
         "The model and its tokenizer, if it has one."
-        return aespa_nb.load_model(self.model, trust_remote_code=self.trust_remote_code)
+        from aespa_nb.export.loading import load_model
+
+        return load_model(self.model, trust_remote_code=self.trust_remote_code)
 
     def refuse_rounded(self) -> None:
         "Raises `AespaError` for a folder that we have written."
@@ -160,8 +161,10 @@ class Recipe(Changes):
 
     def config(self):
         "The configuration. Raises `AespaError` if it cannot work."
+        from aespa_nb.quantize.config import AespaConfig
+
         more = {k: v for k, v in self.given().items() if k not in ("preset", "bits")}
-        return aespa_nb.AespaConfig.preset(self.preset, self.bits, **more)
+        return AespaConfig.preset(self.preset, self.bits, **more)
 
 # %% ../nbs/guides/89_options.ipynb #41f19376
 TEXT_SOURCES = (
@@ -181,7 +184,9 @@ def window_length(asked: int | None, model, tokenizer, *sources: str) -> int:
     if tokenizer is None:
         advice = "save one beside it, or call quantize_model with tokens of your own"
         raise AespaError(f"the model folder has no tokenizer: {advice}")
-    if "reference" in sources and len(tokenizer) != len(aespa_nb.load_reference().tokenizer):
+    from aespa_nb.data.text import load_reference
+
+    if "reference" in sources and len(tokenizer) != len(load_reference().tokenizer):
         advice = "name a text file or corpus with --calibration (eval: --data)"
         raise AespaError(f"the bundled tokens fit the bundled model only: {advice}")
     return seqlen

@@ -33,7 +33,7 @@ def same(a, b):
     states = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in x.rows()] for x in (report, again)]
     grids = all(
-        torch.equal(r.grid.scale, s.grid.scale) and torch.equal(r.grid.zero, s.grid.zero) and torch.equal(r.zeta, s.zeta)
+        all(torch.equal(x, y) for x, y in ((r.grid.scale, s.grid.scale), (r.grid.zero, s.grid.zero), (r.zeta, s.zeta)))
         for r, s in zip(report.layers.values(), again.layers.values(), strict=True)
     )
     return grids and rows[0] == rows[1] and all(torch.equal(x, y) for x, y in states)
@@ -152,7 +152,8 @@ def test_other_versions_are_told(tmp_path):
 
 def test_a_folder_has_one_writer(tmp_path):
     with locked(tmp_path):
-        code = "import sys, pathlib\nfrom aespa_nb.quantize.journal import locked\nwith locked(pathlib.Path(sys.argv[1])): pass"
+        code = "import sys, pathlib\nfrom aespa_nb.quantize.journal import locked\n"
+        code += "with locked(pathlib.Path(sys.argv[1])): pass"
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode and "another process works in" in done.stderr
     with locked(tmp_path):

@@ -50,7 +50,7 @@ def test_tokens_by_name(reference):
 
 
 def test_methods_rank_as_the_book_says(reference):
-    "On one block, at 3 bits (2 are in the chapter on the algorithm): in KL `best` beats GPTQ, and that round-to-nearest."
+    "On one block, at 3 bits (the page on the algorithm has 2): in KL `best` beats GPTQ, and that round-to-nearest."
     model, _, calib, heldout = reference
     full = copy.deepcopy(model)
     full.model.layers = full.model.layers[:1]
