@@ -33,14 +33,14 @@ from ..quantize.config import AespaConfig
 from ..quantize.model import quantize_model
 from ..quantize.run import check_model
 
-# %% ../../nbs/experiments/81_cost.ipynb #869d10a0
+# %% ../../nbs/experiments/81_cost.ipynb #ac242711
 def flop_counter() -> FlopCounterMode:
     "A context that counts the operations of products, fused attention and triangular factors (`get_total_flops`)."
     aten = torch.ops.aten
     more = {
         aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1],
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * math.prod(q) * k[-2],
-        aten.linalg_cholesky_ex: lambda M, **_: math.prod(M) * M[-1] / 3,
+        aten.linalg_cholesky_ex: lambda M, **_: math.prod(M) * M[-1] // 3,
         aten.linalg_solve_triangular: lambda M, B, **_: math.prod(B) * M[-1],
     }
     return FlopCounterMode(display=False, custom_mapping=more)
@@ -104,7 +104,7 @@ def measure_machine(device: torch.device | str = "cpu", dtype: torch.dtype = tor
         times.append(clock())
     return 2 * n**3 / min(after - before for before, after in zip(times, times[1:]))
 
-# %% ../../nbs/experiments/81_cost.ipynb #c7cd8fa6
+# %% ../../nbs/experiments/81_cost.ipynb #b239a4a1
 @contextlib.contextmanager
 def one_of_each(model: PreTrainedModel) -> Iterator[float]:
     "Inside, `model` has one block of each kind (class, shapes); yields how often their weights go into all blocks'."
