@@ -8,7 +8,7 @@ _HOME = {
     "quantize.model": ["quantize_model"],
     "quantize.config": ["PRESETS", "AespaConfig"],
     "quantize.report": ["QuantReport"],
-    "quantize.layer": ["round_layer"],
+    "quantize.layer": ["RoundedLayer", "round_layer"],
     "quantize.bit_allocation": ["auto_bits"],
     "data.text": ["calibration_tokens", "evaluation_tokens", "load_reference"],
     "data.scores": ["evaluate_model", "kl_divergence", "perplexity"],

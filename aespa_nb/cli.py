@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'SHORT', 'BRIEF', 'save', 'size_text', 'is_done', 'together', 'quantize', 'export', 'Tasks', 'Passage',
-           'evaluate', 'Grid', 'compare', 'cost_text', 'bench', 'estimate', 'try_one_block', 'plan', 'demo', 'main']
+           'evaluate', 'Grid', 'compare', 'bench', 'plan', 'demo', 'main']
 
 # %% ../nbs/guides/90_cli.ipynb #a0expcl
 import contextlib
@@ -120,8 +120,8 @@ def quantize(
                 raise AespaError("--bits and --auto-bits exclude each other: give one of them")
             bit_allocation.check_budget(auto_bits)
             recipe = replace(recipe, bits=round(auto_bits))
-        check_format(form, recipe.bits)
         config = recipe.config()
+        check_format(form, recipe.bits)
         model, tokenizer = source.load()
         calib, heldout, said = text.read(model, tokenizer, recipe.seed)
         run = results.how_it_ran(options, told(said), [config])
@@ -269,13 +269,6 @@ def compare(
     print(f"written to {out}: report.html, comparison.svg, results.csv; runs/ holds one record per run")
 
 # %% ../nbs/guides/90_cli.ipynb #c41bench
-def cost_text(model, tokens, config, blocks: int) -> str:
-    "What every phase of a run took, in lines; extrapolated to `blocks` blocks."
-    from aespa_nb.experiments.cost import bench, bench_summary
-
-    return bench_summary(bench(model, tokens, config), blocks)
-
-
 @command("bench", "aespa_nb bench reference --preset gptq", "aespa_nb bench --shape llama-7b --blocks 1 --device cuda")
 def bench(
     recipe: Recipe,
@@ -286,52 +279,22 @@ def bench(
     seqlen: Seqlen = None,
 ) -> None:
     "Time every phase of one run, count its work, and extrapolate to a whole model and 128 x 2048 tokens."
-    from aespa_nb.experiments.cost import random_tokens, shape_config, shape_model
+    from aespa_nb.experiments import cost
 
     if shape and model:
         raise AespaError("give a model or --shape, not both")
     config = recipe.config()
     if shape:
-        seqlen, whole = seqlen or 2048, shape_config(shape).num_hidden_layers
-        worked_on = shape_model(shape, blocks, seqlen)
+        worked_on = cost.random_model(shape, blocks, seqlen or 2048)
+        whole = cost.SHAPES[shape]["num_hidden_layers"]
     else:
         worked_on, _ = Source(model or "reference").load()
-        shapes = worked_on.config
-        seqlen, whole = seqlen or min(shapes.max_position_embeddings, 2048), shapes.num_hidden_layers
-    tokens = random_tokens(worked_on, samples, seqlen, recipe.seed)
+        whole = worked_on.config.get_text_config().num_hidden_layers
+    seqlen = seqlen or min(worked_on.config.get_text_config().max_position_embeddings, 2048)
+    tokens = cost.random_tokens(worked_on, samples, seqlen, recipe.seed)
+    report = cost.measure_cost(worked_on, tokens, config)
     print(f"{shape or model or 'reference'}, {recipe.preset}, {recipe.bits} bits: {len(tokens)} x {seqlen} tokens")
-    print(cost_text(worked_on, tokens, config, whole))
-
-# %% ../nbs/guides/90_cli.ipynb #c41plan0
-def estimate(words: list[str], out: str, as_json: bool) -> str:
-    "What a run takes, from a trial in a process of its own, started with these words."
-    from aespa_nb.experiments import plan
-
-    found = plan.plan_run(plan.try_out(words))
-    facts = dict(cpu=found.cpu, seconds=found.seconds, peak=found.peak, **asdict(found))
-    return json.dumps(facts) if as_json else plan.plan_text(found, out)
-
-
-def try_one_block(source: Source, recipe: Recipe, text: Text, form: str) -> str:
-    "Does what `quantize` does, for one block of each kind and few tokens; what it took, as JSON."
-    from aespa_nb.experiments import plan, results
-    from aespa_nb.plots import plot_layers
-
-    stages = plan.begun()
-    with plan.staged(stages, "load"):
-        model, tokenizer = source.load()
-    with plan.staged(stages, "text"):
-        calib, heldout, said = text.read(model, tokenizer, recipe.seed)
-    config, fresh, run = recipe.config(), lambda: source.load()[0], results.how_it_ran({}, told(said))
-    dtype = source.file_dtype(config)
-
-    def write(rounded, report, folder, scores) -> None:
-        save(folder, rounded, report, form, tokenizer, text.facts(source), dtype)
-        rows = [results.score_row("", rounded, *row) for row in ((scores[0],), (scores[1], report))]
-        results.write_results(folder, "", rows, run, layers=lambda: plot_layers(report))
-
-    trial = plan.run_trial(model, fresh, calib, heldout, config, write, dtype, stages)
-    return json.dumps(asdict(trial))
+    print(f"{report}\n\nThe whole model, extrapolated:\n{report.whole(whole, 128 * 2048)}")
 
 
 @command("plan", "aespa_nb plan path/to/model --bits 3 --calibration my_text.txt")
@@ -342,24 +305,23 @@ def plan(
     out: option(str, "Result", "Where quantize will write: is there room?") = ".",
     form: Format = "compressed-tensors",
     as_json: option(bool, "Result", "Print numbers for a program: seconds and bytes.", "--json") = False,
-    trial: Annotated[bool, typer.Option("--trial", hidden=True)] = False,
     quiet: Quiet = False,
 ) -> None:
     "Say how long quantize will take with the same options, and how much memory and disk; it tries one block."
+    from aespa_nb.experiments.cost import estimate_run
     from aespa_nb.export.formats import check_format
 
-    if trial:
-        print(try_one_block(source, recipe, text, form))
-        return
+    config = recipe.config()
     check_format(form, recipe.bits)
     source.refuse_rounded()
-    recipe.config()  # refused now, not by the trial
-    options = {**asdict(source), **asdict(recipe), **asdict(text), "format": form, "trial": True}
-    words = ["-m", "aespa_nb", "plan", options.pop("model")]
-    for key, value in options.items():
-        for v in value if isinstance(value, (list, tuple)) else [value]:
-            words += [] if v in (None, False) else [f"--{key.replace('_', '-')}"] + ([] if v is True else [str(v)])
-    print(estimate(words, out, as_json))
+    model, tokenizer = source.load()
+    calib, heldout, said = text.read(model, tokenizer, recipe.seed)
+    found = estimate_run(model, calib, config, heldout, out, source.file_dtype(config), form != "dense")
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        told(said)
+        print(found)
 
 # %% ../nbs/guides/90_cli.ipynb #8d1120a7
 DEMO = ("rtn", "gptq", "adaround", "aespa", "best")

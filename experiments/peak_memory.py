@@ -25,34 +25,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 STORED = Path("nbs/runs/loading.json")
 
 
-def write_shards(folder, config, n_shards, draw):
-    "A checkpoint of a LLaMA in shards, one of them in memory at a time; `draw(shape, rng)` makes its weights."
+def make(folder, size, n_blocks=24, n_shards=8):
+    "A LLaMA checkpoint of about `size` bytes in bfloat16, one shard in memory at a time: ones for norms, else noise."
+    width = int((size / 2 / n_blocks / 12) ** 0.5) // 128 * 128
+    inner = (size // 2 // n_blocks - 4 * width**2) // (3 * width) // 64 * 64
+    shape = dict(hidden_size=width, intermediate_size=inner, num_attention_heads=width // 128)
+    config = LlamaConfig(**shape, num_hidden_layers=n_blocks, vocab_size=2048, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
-    rng, names, weight_map = torch.Generator().manual_seed(0), list(shapes), {}
+    rng, names, weight_map, kind = torch.Generator().manual_seed(0), list(shapes), {}, torch.bfloat16
+    noise = lambda shape: torch.randn(shape, generator=rng, dtype=kind) * shape[1] ** -0.5
+    draw = lambda shape: noise(shape) if len(shape) > 1 else torch.ones(shape, dtype=kind)
     for i in range(n_shards):
         part = names[len(names) * i // n_shards : len(names) * (i + 1) // n_shards]
         shard = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
-        save_file({name: draw(shapes[name], rng) for name in part}, folder / shard, {"format": "pt"})
+        save_file({name: draw(shapes[name]) for name in part}, folder / shard, {"format": "pt"})
         weight_map |= dict.fromkeys(part, shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def draw(shape, rng):
-    "Random weights that keep the size of what runs through them; ones for a norm."
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.randn(shape, generator=rng, dtype=torch.bfloat16) * shape[1] ** -0.5
-
-
-def make(folder, size, n_blocks=24):
-    "A LLaMA checkpoint of about `size` bytes in bfloat16."
-    width = int((size / 2 / n_blocks / 12) ** 0.5) // 128 * 128
-    inner = (size // 2 // n_blocks - 4 * width**2) // (3 * width) // 64 * 64
-    shape = dict(hidden_size=width, intermediate_size=inner, num_attention_heads=width // 128)
-    write_shards(folder, LlamaConfig(**shape, num_hidden_layers=n_blocks, vocab_size=2048, dtype="bfloat16"), 8, draw)
 
 
 def work(folder, way):

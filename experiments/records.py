@@ -5,6 +5,7 @@ measured again; what is still good costs nothing.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ COMPARE = ["-m", "aespa_nb", "compare"]
 SAMPLED = "--samples 64 --eval-samples 128".split()
 DEMO = """import json; from aespa_nb.experiments.records import *; found = json.load(open("build/demo/results.json"))
 write_record("nbs/runs/demo.json", found | dict(made=stamp(found["run"]["options"])))"""
+ENV = os.environ | dict(OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="262144")  # peaks of memory are the algorithm's
 RESUMES = "bits texts arithmetic families hostile torture faults campaign layers precompute".split()
 OWNERS = {  # record -> the commands that make it, as words behind `python`
     "compare-reference": [[*COMPARE, "reference", "--presets", *METHODS, *"--bits 2 3 4 --group-sizes 0 64".split(),
@@ -29,10 +31,10 @@ OWNERS = {  # record -> the commands that make it, as words behind `python`
     "faults": [[f"{HERE}/faults.py", *words.split()] for words in (
         "kills --count 300", "kills --count 100 --ranks 2", "disk --count 30")],
     **{name: [[f"{HERE}/{name}.py"]] for name in RESUMES[:6]},
-    "plan": [["tools/check_plan.py"]],
-    "scale": [["tools/scale.py"]],
-    "loading": [["tools/big_checkpoint.py", "build/big", "--write"]],
-    "cost": [],  # the chapter on cost says how
+    "cost": [[f"{HERE}/cost.py", "growth"]],
+    "plan": [[f"{HERE}/cost.py", "estimates"]],
+    "scale": [[f"{HERE}/scale.py"]],
+    "loading": [[f"{HERE}/peak_memory.py", "build/big"]],
     "peers": [],  # each needs an environment of its own: experiments/peers/run.py
 }  # fmt: skip
 
@@ -61,4 +63,4 @@ if __name__ == "__main__":
         for path in ours if OWNERS[name] and name not in RESUMES else ():
             (RUNS / path).unlink()  # these commands measure what is not there; git has the old one
         for words in OWNERS[name]:
-            subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, *words], cwd=ROOT, check=True, env=ENV)

@@ -34,18 +34,20 @@ def work(args):
         model.model.layers = model.model.layers[:1]
         model.config.num_hidden_layers = 1
         report = quantize_model(model, calib[:samples], AespaConfig.preset(preset), team=team)
-        return torch.cat([r.codes.flatten() for r in report.layers.values()]), sum(r.loss for r in report.layers.values())
+        layers = report.layers.values()
+        return torch.cat([layer.codes.flatten() for layer in layers]), sum(layer.loss for layer in layers)
 
     with joined() as team:
         quantize("best", 8)
         row, codes = dict(processes=team.size), {}
         for preset in PRESETS:
             clock, processor = time.perf_counter(), time.process_time()
-            codes[preset], loss = quantize(preset, args.samples)
+            mine, loss = quantize(preset, args.samples)
             clock, processor = time.perf_counter() - clock, time.process_time() - processor
             busiest = max(team.broadcast(processor, rank) for rank in range(team.size))
             row[preset] = dict(clock=clock, processor=busiest, loss=loss)
-            assert torch.equal(team.first(lambda: codes[preset]), codes[preset]), "the processes end with other codes"
+            codes[preset] = team.broadcast(mine)
+            assert torch.equal(codes[preset], mine), "the processes end with other codes"
         if team.rank == 0:
             torch.save((codes, row), args.work)
 

@@ -8,14 +8,13 @@ from typing import get_args
 
 import pytest
 import torch
-from aespa_nb import load_model, load_reference
+from aespa_nb import load_model, load_reference, read_quantized
 from aespa_nb.cli import main
 from aespa_nb.errors import AespaError
 from aespa_nb.export.formats import FORMATS
 from aespa_nb.options import PRESETS_TEXT, Form, Recipe, Source, Text
 from aespa_nb.quantize.config import PRESETS
 from aespa_nb.quantize.journal import check_free, complete_folder
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SHORT = "--samples 4 --eval-samples 4 --iterations 5 --quiet".split()
@@ -38,14 +37,14 @@ def test_quantize_writes_a_checkpoint_that_stock_transformers_loads(local, tmp_p
     out = tmp_path / "out"
     assert main(["quantize", local[0], "--bits", "3", *local[1], "--format", "dense", "--out", str(out)]) == 0
     assert "perplexity" in capsys.readouterr().out
-    stored, name = load_file(out / "quantization.safetensors"), "model.layers.0.self_attn.q_proj"
-    codes, scale, zero, zeta = (stored[f"{name}.{k}"].float() for k in ("codes", "scale", "zero", "zeta"))
-    weight = AutoModelForCausalLM.from_pretrained(out).get_submodule(name).weight
-    assert torch.allclose(scale * (codes - zero) * zeta, weight, atol=1e-6)
+    model, layers = AutoModelForCausalLM.from_pretrained(out), read_quantized(out).report.layers
+    for name, layer in layers.items():
+        assert torch.allclose(layer.weight(), model.get_submodule(name).weight, atol=1e-6), name
     assert {"layers.svg", "comparison.svg", "results.csv", "tokenizer.json"} <= {f.name for f in out.iterdir()}
     page, rows = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())["rows"]
     assert page.count("<svg") == 2 and not re.search(r'(src|href)="http', page)
-    card, facts = (out / "README.md").read_text(), json.loads((out / "quantization.json").read_text())["export"]["facts"]
+    card, stored = (out / "README.md").read_text(), json.loads((out / "quantization.json").read_text())
+    facts = stored["export"]["facts"]
     assert f"| perplexity | {rows[1]['perplexity']:.4g} |" in card and facts["perplexity"] == rows[1]["perplexity"]
 
 
@@ -82,7 +81,7 @@ def test_eval_of_a_model_against_itself(local, capsys):
 
 
 WRONG = {
-    "quantize reference --bits 1": "2 to 8",
+    "quantize reference --bits 1": "bits must be",
     "quantize reference --bits three": "--bits",
     "quantize reference --samples 0": "--samples",
     "quantize reference --samples 99999999999": "out of range",
@@ -97,7 +96,7 @@ WRONG = {
     "quantize reference --device nonsense": "--device nonsense can't be used here",
     "quantize reference --device meta": "--device meta can't be used here",
     "quantize reference --device cuda:77": "--device cuda:77 can't be used here",
-    "compare reference --bits 2 12 --presets rtn": "2 to 8",
+    "compare reference --bits 2 12 --presets rtn": "not 12",
     "compare reference --sampels 8": "No such option: --sampels",
     "nonsense": "No such command 'nonsense'",
 }
@@ -202,6 +201,19 @@ def test_files_of_8_bit_codes_are_wide_enough(tmp_path):
     assert Source(str(tmp_path)).file_dtype(kept) == torch.float32
 
 
+def test_bench_and_plan(local, tmp_path, capsys):
+    tiny = ["--shape", "tiny", "--samples", "2", "--seqlen", "16"]
+    assert main(["bench", *tiny, "--blocks", "1", "--preset", "rtn"]) == 0
+    said = capsys.readouterr().out
+    assert "tiny, rtn, 2 bits: 2 x 16 tokens" in said and "The whole model, extrapolated" in said
+    for words, message in ((["--shape", "llama-8b"], "unknown shape"), (["reference", *tiny], "not both")):
+        assert main(["bench", *words]) == 2 and message in capsys.readouterr().err
+    assert main(["plan", local[0], *local[1], "--preset", "rtn", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["out_bytes"] > 0 and facts["memory_bytes"] > 0 and "forward" in facts["seconds"]
+    assert main(["plan", local[0], *local[1], "--preset", "rtn"]) == 0 and "in all" in capsys.readouterr().out
+
+
 COMMANDS = ("quantize", "export", "eval", "compare", "bench", "plan", "demo")
 
 
@@ -214,11 +226,12 @@ def test_help_teaches(command, capsys):
 
 def test_help_and_imports_are_light():
     "Nothing heavy is imported before a command runs; what the help names is what there is."
-    code = "import sys, aespa_nb.cli as c; codes = [c.main(w) for w in (['--help'], ['quantize', '--help'], ['eval', '-x'])]"
+    code = "import sys, aespa_nb.cli as c"
+    code += "\ncodes = [c.main(words) for words in (['--help'], ['quantize', '--help'], ['eval', '-x'])]"
     code += "\nprint(codes, sorted({'torch', 'transformers', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[0, 0, 2] []" and all(name in done.stdout for name in COMMANDS)
-    assert set(re.findall(r"[a-z0-9]+", PRESETS_TEXT)) >= PRESETS.keys() and get_args(Form) == FORMATS
+    assert set(re.findall(r"[a-z0-9]+", PRESETS_TEXT)) >= PRESETS.keys() and get_args(Form) == tuple(FORMATS)
 
 
 def test_commands_are_functions(local, tmp_path):

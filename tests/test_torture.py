@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from aespa_nb import AespaConfig, AespaError
-from aespa_nb.quantize.block import _check_fits
-from aespa_nb.quantize.layer import _round_safely
-from aespa_nb.quantize.model import check_model
-from aespa_nb.rounding.grid import minmax_grid
-from aespa_nb.errors import NumericalError
+from aespa_nb import AespaConfig, AespaError, NumericalError, quantize_model
 from aespa_nb.attention.kronecker_losses import KroneckerLoss
+from aespa_nb.quantize.layer import RoundedLayer, round_layer_safely
+from aespa_nb.rounding.grid import minmax_grid
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import torture  # noqa: E402
@@ -63,32 +60,39 @@ def problem(**changes):
     return W, X @ X.T / 64, torch.ones(16), config
 
 
+def rounded(W, H, zeta, config, notes):
+    "The weight that a layer ends with, and its record."
+    layer = round_layer_safely("x", W, KroneckerLoss(H), config, zeta, W, notes)
+    return layer.weight(), layer
+
+
 def test_a_good_layer_is_left_alone():
     W, H, zeta, config = problem()
     notes = []
-    W_hat, grid, rtn, loss, same = _round_safely("x", W, KroneckerLoss(H), zeta, config, W, notes)
-    assert loss < rtn and not notes and same is zeta and torch.equal(grid.round(W_hat), W_hat)
+    W_hat, layer = rounded(W, H, zeta, config, notes)
+    assert layer.loss < layer.loss_rtn and not notes and torch.equal(layer.grid.round(W_hat), W_hat)
 
 
-@pytest.mark.parametrize(("lowest", "how"), [(-0.05, "raised by 0.1"), (-0.5, "raised by 1"), (-30, "lifted")])
+@pytest.mark.parametrize(
+    ("lowest", "how"), [(-0.05, "raised by 0.1"), (-0.5, "raised by 1"), (-30, "no damping helped: rounded to nearest")]
+)
 def test_an_indefinite_hessian_is_damped_in_visible_steps(lowest, how):
     W, H, zeta, config = problem()
     Q, values = torch.linalg.eigh(H).eigenvectors, torch.linspace(0.5, 2, 16)
     values[3] = lowest
-    H = Q @ torch.diag(values) @ Q.T
     notes = []
-    W_hat, grid, rtn, loss, _ = _round_safely("x", W, KroneckerLoss(H), zeta, config, W, notes)
-    assert "x: H is not positive definite" in notes[0] and how in notes[0], notes
-    assert torch.isfinite(W_hat).all() and loss <= rtn
+    W_hat, layer = rounded(W, Q @ torch.diag(values) @ Q.T, zeta, config, notes)
+    assert how in notes[0] and torch.isfinite(W_hat).all() and layer.loss <= layer.loss_rtn, notes
 
 
 def test_a_solution_worse_than_round_to_nearest_is_dropped(monkeypatch):
     W, H, zeta, config = problem()
-    bad = lambda W, loss, zeta, config, target: (0 * W, minmax_grid(W, 3), 1.0, 9.0)
-    monkeypatch.setattr("aespa_nb.quantize.layer.round_layer", bad)
+    bad = RoundedLayer.of(torch.zeros(W.shape), minmax_grid(W, 3), loss_rtn=1.0, loss=9.0)
+    monkeypatch.setattr("aespa_nb.quantize.layer.round_layer", lambda *args: bad)
     notes = []
-    W_hat, grid, rtn, loss, _ = _round_safely("x", W, KroneckerLoss(H), zeta, config, W, notes)
-    assert torch.equal(W_hat, minmax_grid(W, 3).round(W)) and loss == rtn and "rounded to nearest" in notes[0]
+    W_hat, layer = rounded(W, H, zeta, config, notes)
+    assert torch.equal(W_hat, minmax_grid(W, 3).round(W)) and layer.loss == layer.loss_rtn
+    assert "rounded to nearest" in notes[0]
 
 
 def test_without_a_solution_the_layer_is_rounded_to_nearest(monkeypatch):
@@ -99,26 +103,17 @@ def test_without_a_solution_the_layer_is_rounded_to_nearest(monkeypatch):
 
     monkeypatch.setattr("aespa_nb.quantize.layer.round_layer", fails)
     notes = []
-    W_hat, *_ = _round_safely("x", W, KroneckerLoss(H), 2 * zeta, config, W, notes)
+    W_hat, _ = rounded(W, H, 2 * zeta, config, notes)
     assert torch.equal(W_hat, minmax_grid(W, 3).round(W)) and notes == ["x: no damping helped: rounded to nearest"]
 
 
 def test_losses_beyond_float32_are_compared_in_float64():
     W, H, zeta, config = problem()
-    W = 1e25 * W
-    notes = []
-    W_hat, _, rtn, loss, _ = _round_safely("x", W, KroneckerLoss(H), zeta, config, W, notes)
-    assert torch.isfinite(W_hat).all() and loss <= rtn < float("inf")
-
-
-def test_numbers_that_the_model_cannot_hold():
-    _check_fits(torch.tensor([6e4]), torch.float16, "x")
-    for value in (7e4, float("inf"), float("nan")):
-        with pytest.raises(NumericalError, match="x: its grid reaches beyond torch.float16"):
-            _check_fits(torch.tensor([value]), torch.float16, "x")
+    W_hat, layer = rounded(1e25 * W, H, zeta, config, [])
+    assert torch.isfinite(W_hat).all() and layer.loss <= layer.loss_rtn < float("inf")
 
 
 def test_nothing_to_round_is_said():
     model, tokens = torture.build("llama")
     with pytest.raises(AespaError, match="nothing to round"):
-        check_model(model, tokens, AespaConfig(keep={"self_attn": 16, "mlp": 16}))
+        quantize_model(model, tokens, AespaConfig(keep={"self_attn": 16, "mlp": 16}))

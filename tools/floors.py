@@ -3,5 +3,5 @@
 `tests/test_floors.py` holds the library to it, and the site lists the modules in this order.
 """
 
-FLOORS = "errors notation rounding attention data model baselines quantize export experiments cli".split()
+FLOORS = "errors notation rounding attention data model baselines quantize export experiments options cli".split()
 ANYWHERE = ["plots"]  # stands beside the house: anyone may import it

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.text import load_reference
 from .checkpoint import read_quantized
-from ..model import checkpoint
+from ..model.checkpoint import load_checkpoint
 
 # %% ../../nbs/export/74_loading.ipynb #6df50df2
 def stored_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
@@ -39,4 +39,4 @@ def load_model(
     if ours and '"quant_method": "gptq"' in config.read_text(errors="replace"):
         model = read_quantized(folder).model
         return model.to(dtype or model.dtype), stored_tokenizer(folder)
-    return checkpoint.load_model(source, dtype, trust_remote_code)
+    return load_checkpoint(source, dtype, trust_remote_code)

@@ -66,7 +66,8 @@ def write_json(path: Path, content) -> None:
 def add_digest(digest, t: Tensor) -> None:
     "Adds type, shape and bytes of `t` to a digest of hashlib."
     digest.update(str((t.dtype, tuple(t.shape))).encode())
-    digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for part in t.detach().cpu().contiguous().flatten().view(torch.uint8).split(2**26):
+        digest.update(part.clone().numpy())  # a copy: torch gives up memory that numpy sees, as if it were a file's
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
