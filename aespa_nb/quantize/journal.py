@@ -169,22 +169,20 @@ def open_journal(
     folder = Path(folder).expanduser()
     with locked(folder):
         journal, path, made_by = Journal(folder, header), folder / "run.json", versions()
-        try:
-            stored = json.loads(path.read_bytes()) if path.exists() else None
-            known = stored and dict(header=dict(stored["header"]), versions=dict(stored["versions"]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            known = None
-            journal.notes.append("run.json in the journal was damaged: written again")
-        if known:
-            check_same_run(folder, known["header"], journal.header)
-            lines = differences(known["versions"], made_by)
+        before = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            stored = json.loads(path.read_bytes())
+            before = Journal(folder, dict(stored["header"])) if dict(stored["versions"]) else None
+        if before and stored["key"] == before.key:
+            check_same_run(folder, before.header, journal.header)
+            lines = differences(stored["versions"], made_by)
             journal.notes += [f"resumed with other versions: {line}" for line in lines]
         else:
-            blocks, notes = sorted(folder.glob("*.safetensors")), list(journal.notes)
+            blocks = sorted(folder.glob("*.safetensors"))
             if blocks and not any(journal.get(block.stem) for block in blocks):
                 raise AespaError(f"{folder} holds blocks of another run, or damaged ones: choose another folder")
-            journal.notes = notes
-            write_json(path, dict(header=journal.header, versions=made_by))
+            journal.notes = ["run.json in the journal was damaged: written again"] if path.exists() else []
+            write_json(path, dict(header=journal.header, key=journal.key, versions=made_by))
         yield journal
 
 # %% ../../nbs/quantize/64_journal.ipynb #c13f46
