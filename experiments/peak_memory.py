@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from aespa_nb import AespaConfig, quantize_model
+from aespa_nb.experiments.records import stamp, write_record
 from aespa_nb.model.checkpoint import load_checkpoint
 from aespa_nb.model.memory import resident
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-STORED = Path("nbs/runs/loading.json")
+STORED, CONFIG = Path("nbs/runs/loading.json"), AespaConfig.preset("rtn", 4)
 
 
 def make(folder, size, n_blocks=24, n_shards=8):
@@ -61,7 +61,7 @@ def work(folder, way):
         for p in model.parameters():
             p.data = p.data.clone()
     tokens = torch.randint(0, 2048, (2, 128), generator=torch.Generator().manual_seed(0))
-    report = quantize_model(model, tokens, AespaConfig.preset("rtn", 4))
+    report = quantize_model(model, tokens, CONFIG)
     sizes = dict(peak=resident().peak, statistics=report.statistics_bytes, block=report.block_bytes)
     return dict(way=way, **{f"{k}_MiB": n >> 20 for k, n in sizes.items()}, samples=samples[:: len(samples) // 150 + 1])
 
@@ -82,8 +82,7 @@ def main():
         runs.append(json.loads(done.stdout.splitlines()[-1]))
         print({k: v for k, v in runs[-1].items() if k != "samples"}, flush=True)
     size = sum(f.stat().st_size for f in args.folder.glob("*.safetensors")) >> 20
-    made_with = dict(torch=torch.__version__, transformers=transformers.__version__)
-    STORED.write_text(json.dumps(dict(made_with=made_with, checkpoint_MiB=size, runs=runs)) + "\n")
+    write_record(STORED, dict(made=stamp(CONFIG), checkpoint_MiB=size, runs=runs))
 
 
 if __name__ == "__main__":

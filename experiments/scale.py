@@ -8,7 +8,6 @@ busiest process what cores of their own could.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from aespa_nb import AespaConfig, load_reference, quantize_model
+from aespa_nb.experiments.records import stamp, write_record
 from aespa_nb.model.team import joined
 from transformers.utils.logging import disable_progress_bar
 
@@ -66,8 +66,8 @@ def main(args):
             row[preset]["other_codes"] = (codes[preset] != one[preset]).double().mean().item()
         rows.append(row)
         print(row, flush=True)
-    run = dict(cores=os.cpu_count(), load=load, samples=args.samples, torch=torch.__version__)
-    STORED.write_text(json.dumps(dict(run=run, rows=rows), indent=1) + "\n")
+    run = dict(cores=os.cpu_count(), load=load, samples=args.samples, presets=list(PRESETS))
+    write_record(STORED, dict(made=stamp(run), run=run, rows=rows))
 
 
 if __name__ == "__main__":
