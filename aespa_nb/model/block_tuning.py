@@ -162,6 +162,7 @@ def learn_block(
             raise NumericalError("the block's output error is NaN or Inf: check the streams and the rounded weights")
         reached = [n for n, W in leaves.items() if W.grad is not None]
         torch.autograd.backward([made[n] for n in reached], [leaves[n].grad for n in reached], inputs=learned)
+        del made, leaves, loss  # a block's weights and gradients: not beside those of the next step
         yield total.item()
         for group, lr in zip(groups, rates):
             group["lr"] = lr * rate(done)

@@ -30,7 +30,7 @@ from .config import METHODS, AespaConfig, bits_of, resolve
 from .layer import RoundedLayer, round_layer_safely
 from ..rounding.grid import Grid, minmax_grid
 from ..rounding.hessian import damp
-from ..rounding.target import full_precision_target
+from ..rounding.target import AccumulatedError, full_precision_target
 from ..rounding.zfold import zfold
 
 # %% ../../nbs/quantize/63_block.ipynb #c14block1
@@ -118,19 +118,23 @@ def part_weight(block: nn.Module, part: Part, dtype: torch.dtype) -> Float[Tenso
     return (weight if part.rows is None else weight[part.rows.to(weight.device)]).to(dtype)
 
 
+def _target(run: BlockRun, part: Part, error: AccumulatedError | None) -> Float[Tensor, "rows inp"]:
+    "What the part is to approximate: its weight, or what repairs the accumulated error too where it was measured."
+    W = part_weight(run.block, part, run.config.dtype)
+    if error is None:
+        return W
+    stream = error.stream if part.rows is None or error.stream is None else error.stream[part.rows]
+    return full_precision_target(W, error.S, run.config.correction, stream)
+
+
 def round_parts(run: BlockRun, parts: dict[str, Part], read: BlockLosses) -> dict[str, RoundedLayer]:
     "Rounds the parts that `read` has losses of, in place; the records of their linears. Losses go as they are used."
     config, team = run.config, run.team
     run.notes += read.notes
     mine = {name: part for name, part in parts.items() if name in read.losses and run.bits(part.linear) != 16}
     losses, memory = _damp_all({name: read.losses[name] for name in mine}, config.damping)
-    targets = {name: part_weight(run.block, part, config.dtype) for name, part in mine.items()}
-    for name, error in read.accumulated_errors.items():
-        if name in mine:
-            rows, stream = mine[name].rows, error.stream
-            stream = stream if rows is None or stream is None else stream[rows]
-            with phase("target"):
-                targets[name] = full_precision_target(targets[name], error.S, config.correction, stream)
+    with phase("target"):
+        targets = {name: _target(run, part, read.accumulated_errors.get(name)) for name, part in mine.items()}
     memory += sum(S.nbytes for S in {id(e.S): e.S for e in read.accumulated_errors.values()}.values())
     run.statistics_bytes = max(run.statistics_bytes, memory)
     read.losses.clear(), read.accumulated_errors.clear()  # their memory goes with the last part that needs it
