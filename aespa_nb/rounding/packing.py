@@ -72,7 +72,7 @@ class RoundedWeight:
     def weight(self) -> Float[Tensor, "out inp"]:
         "The numbers that the codes stand for, in the type of the scales."
         scale, zero = self.grid.expand(len(self.zeta))
-        return self.codes.to(scale.dtype).sub_(zero).mul_(scale).mul_(self.zeta.to(scale.dtype))  # in one layer's memory
+        return self.codes.to(scale.dtype).sub_(zero).mul_(scale).mul_(self.zeta.to(scale.dtype))  # in one's memory
 
     def on(self, grid: Grid, zeta: Tensor | None = None) -> "RoundedWeight":
         "The same codes on another grid, with another `zeta` if one is given."
