@@ -1,4 +1,4 @@
-"""Hours on one core, for the chapters on ablations and on Kronecker losses: `make campaign`.
+"""Hours on one core, for the chapters on ablations and on Kronecker losses: `make records`.
 
     python experiments/campaign.py ablations      parts of the recipe on and off; nbs/runs/campaign.json
     python experiments/campaign.py layers         the two solvers on the loss of every layer; nbs/runs/layers.json

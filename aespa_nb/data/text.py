@@ -34,7 +34,7 @@ class Reference(NamedTuple):
 
 def load_reference(
     dtype: torch.dtype = torch.float32,
-    folder: str | Path | None = None,  # another that `tools/train_reference.py` has made; None: the bundled one
+    folder: str | Path | None = None,  # another that `experiments/train_reference.py` has made; None: the bundled one
 ) -> Reference:
     "The bundled model in evaluation mode, its tokenizer, calibration and held-out tokens. Needs no network."
     folder = Path(folder or str(files("aespa_nb") / "reference"))

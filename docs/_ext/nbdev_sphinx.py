@@ -20,11 +20,11 @@ from nbdev.config import get_config
 from nbdev.process import NBProcessor
 from nbdev.processors import filter_stream_, hide_line
 
+from floors import ANYWHERE, FLOORS
 from make_readme import SITE, figures_of, minutes
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "aespa_nb"
-FLOORS = "errors notation rounding attention data model baselines quantize export experiments plots cli".split()
 
 # --- before the build: the sources of the pages -------------------------------------------------------------------
 
@@ -35,7 +35,7 @@ def modules():
     for path in LIBRARY.rglob("*.py"):
         if chapter := re.search(r"File to edit: (?:\.\./)+nbs/([\w/]+)\.ipynb", path.read_text(encoding="utf-8")):
             found[".".join(path.relative_to(LIBRARY).with_suffix("").parts)] = chapter[1]
-    order = lambda m: (FLOORS.index(m.split(".")[0]), found[m].rsplit("/", 1)[-1])
+    order = lambda m: ([*FLOORS, *ANYWHERE].index(m.split(".")[0]), found[m].rsplit("/", 1)[-1])
     return {m: found[m] for m in sorted(found, key=order)}
 
 
