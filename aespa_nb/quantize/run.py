@@ -143,6 +143,26 @@ def _warm_up(solver: str) -> None:
         for G in (None, torch.eye(2).expand(2, 2, 2)):
             round_layer(eye, KroneckerLoss(eye, G), config)
 
+# %% ../../nbs/quantize/67_run.ipynb #b06387fb
+def _each_block(run: "Run") -> Iterator[BlockRun]:
+    "The blocks of a run, each on its device and in the working precision until the next is asked for."
+    model, config = run.model, run.config
+    stream = lambda path: contextlib.closing(
+        BlockStream(model, run.inputs, config.batch_size, run.device, config.dtype, path, run.team)
+    )
+    with contextlib.ExitStack() as stack:
+        two, full = bool(config.correction or config.tuning or config.method != "layers"), {}
+        for path in stacks_of(model) if two else ():
+            full[path] = stack.enter_context(stream(path))  # while the model is whole
+        for path in stacks_of(model):
+            mine = stack.enter_context(stream(path))
+            for i, block in enumerate(model.get_submodule(path)):
+                with working_on(block, run.device, config.dtype):
+                    size = sum(p.nbytes for p in block.parameters())
+                    run.report.block_bytes = max(run.report.block_bytes, size)
+                    announce = lambda linear, i=i: run.announce(f"block {i}: {linear}")
+                    yield BlockRun(model, block, f"{path}.{i}", config, mine, full.get(path), run.team, announce)
+
 # %% ../../nbs/quantize/67_run.ipynb #83959c20
 class Run:
     "Everything around the loop over blocks: checks, journal, processes, progress, memory. A context."
@@ -193,27 +213,9 @@ class Run:
 
     def blocks(self) -> Iterator[BlockRun]:
         "The blocks in their order, one at a time on `device` in the working precision."
-        blocks = self._blocks()
+        blocks = _each_block(self)
         self.stack.callback(blocks.close)  # puts the present block back, also if the loop over them is left early
         return blocks
-
-    def _blocks(self) -> Iterator[BlockRun]:
-        model, config = self.model, self.config
-        stream = lambda path: contextlib.closing(
-            BlockStream(model, self.inputs, config.batch_size, self.device, config.dtype, path, self.team)
-        )
-        with contextlib.ExitStack() as stack:
-            two, full = bool(config.correction or config.tuning or config.method != "layers"), {}
-            for path in stacks_of(model) if two else ():
-                full[path] = stack.enter_context(stream(path))  # while the model is whole
-            for path in stacks_of(model):
-                mine = stack.enter_context(stream(path))
-                for i, block in enumerate(model.get_submodule(path)):
-                    with working_on(block, self.device, config.dtype):
-                        size = sum(p.nbytes for p in block.parameters())
-                        self.report.block_bytes = max(self.report.block_bytes, size)
-                        announce = lambda linear, i=i: self.announce(f"block {i}: {linear}")
-                        yield BlockRun(model, block, f"{path}.{i}", config, mine, full.get(path), self.team, announce)
 
     def finished(self, block: BlockRun) -> dict[str, RoundedLayer] | None:
         "The records of a block that an interrupted run has finished, written into it; None if it has to be rounded."
