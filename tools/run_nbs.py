@@ -6,7 +6,8 @@
 Stored outputs come out the same on every run: seeds are the notebooks' own, everything else is pinned here but the
 processor. Each notebook knows the arithmetic that its outputs were made with; where that is this machine's, a check
 wants them again. Another processor adds in another order, which a rounded model amplifies; there the words must be
-the same and numbers alike, figures are not compared, and neither are cells marked `#| varies`.
+the same and numbers alike, figures are not compared, and neither are cells marked `#| varies`. Cells marked
+`#| timed` print seconds or bytes in use: their outputs are stored, and never compared.
 
 Cells marked `#| eval: false`, or with a flag of `tst_flags` in settings.ini that is not asked for with --flags,
 are not run and keep their outputs.
@@ -142,7 +143,8 @@ def compare(old, new):
             continue
         for x, y in zip(map(parts, a.outputs), map(parts, b.outputs)):
             kinds = {k: same(x.get(k, ""), y.get(k, ""), "svg" in k, near) for k in x.keys() | y.keys()}
-            if near is alike and "varies" in extract_directives(a, remove=False):
+            marks = extract_directives(a, remove=False)
+            if "timed" in marks or (near is alike and "varies" in marks):
                 kinds = {k: "close" for k in kinds}
             rounded += "close" in kinds.values()
             for k in sorted(k for k, v in kinds.items() if v == "different"):
