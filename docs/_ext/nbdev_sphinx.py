@@ -251,10 +251,19 @@ def document(app, what, name, obj, options, lines):
         lines.extend(["", *fields, ""])
 
 
+def drop_unread_sources(app):
+    "Takes modules whose source viewcode could not read out of its index: they have no page."
+    sources = getattr(app.env, "_viewcode_modules", {})
+    for name in [name for name, entry in sources.items() if not entry]:
+        del sources[name]
+    return []
+
+
 def setup(app):
     get_config(path=ROOT)
     app.connect("config-inited", lay_out_sources, priority=100)
     app.connect("source-read", read)
+    app.connect("html-collect-pages", drop_unread_sources, priority=100)
     app.connect("env-updated", follow_the_ladder)
     app.connect("autodoc-process-docstring", document, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
