@@ -50,7 +50,7 @@ def statistics_of(kind, block, X, sizes, **options):
     "Statistics of the class `kind` of all sequences, in batches of the given sizes; and what the block computed."
     seen, R = block(X), rope_matrices(*block.rope) if block.rope else None
     shape = block.n_heads, block.n_kv_heads, len(block.W_q) // block.n_heads, X.shape[1]
-    stats = kind(*shape, R, **{"dtype": X.dtype} | options)
+    stats = kind(shape, R, **{"dtype": X.dtype} | options)
     for X_i, Q, K, V, A in zip(*(v.split(sizes) for v in (X, seen.Q, seen.K, seen.V, seen.A))):
         stats.add(X_i, Q, K, *([V] if kind is not AttentionStatistics else []), A)
     return stats, seen

@@ -143,16 +143,16 @@ def test_dtype_follows_and_arguments_stay():
     block, X, _ = case(2, 2, 4, 6, 5, 0, False, False)
     before = X.clone()
     W = (block.W_q.float(), block.W_k.float(), block.W_v.float())
-    seen = attend(X.float(), *W, 4, 2, rope_cos_sin(5, 4, dtype=torch.float32), causal_mask(5, dtype=torch.float32))
+    seen = attend(X.float(), W, 4, 2, rope_cos_sin(5, 4, dtype=torch.float32), causal_mask(5, dtype=torch.float32))
     assert {v.dtype for v in vars(seen).values()} == {torch.float32}
-    attend(X, block.W_q, block.W_k, block.W_v, 4, 2, rope_cos_sin(5, 4), causal_mask(5))
+    attend(X, (block.W_q, block.W_k, block.W_v), 4, 2, rope_cos_sin(5, 4), causal_mask(5))
     assert X.equal(before)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda b, X: attend(X, b.W_q, b.W_k, b.W_v, 5, 2), "16 rows can't be split into 5 heads"),
+        (lambda b, X: attend(X, (b.W_q, b.W_k, b.W_v), 5, 2), "16 rows can't be split into 5 heads"),
         (lambda b, X: repeat_kv(b(X).K, 3), "3 query heads can't share 2 KV heads"),
         (lambda b, X: rope_cos_sin(5, 3), "even d_head"),
         (lambda b, X: true_attention_error(b, X, dW_q=b.W_k), "the change of W_q has shape"),

@@ -203,7 +203,7 @@ def test_statistics_survive_with_smaller_tiles(monkeypatch, rotated):
     R = Rotations(angles.cos(), angles.sin()) if rotated else None
     X, Q, K, V = torch.randn(2, 16, 24), torch.randn(2, 4, 8, 24), torch.randn(2, 2, 8, 24), torch.randn(2, 2, 8, 24)
     A = torch.rand(2, 4, 24, 24).tril().softmax(-1)
-    make = lambda: GaussNewtonStatistics(4, 2, 8, 16, R, stride=2, coarse=1, dtype=torch.float64)
+    make = lambda: GaussNewtonStatistics((4, 2, 8, 16), R, stride=2, coarse=1, dtype=torch.float64)
     whole, parts, real = make(), make(), torch.Tensor.addmm_
     whole.add(X, Q, K, V, A)
 

@@ -116,7 +116,7 @@ def test_scaling_and_single_precision():
     exact, seen = collect(block, X, [4])
     rough, _ = collect(block, X, [4], dtype=torch.float32)
     assert_close(exact.losses()["q"].G.float(), rough.losses()["q"].G, rtol=1e-4, atol=1e-6)
-    half = GaussNewtonStatistics(4, 2, 4, 6, rope_matrices(*block.rope), scaling=0.25)
+    half = GaussNewtonStatistics((4, 2, 4, 6), rope_matrices(*block.rope), scaling=0.25)
     half.add(*(v.half() for v in (X, seen.Q, seen.K, seen.V, seen.A)))
     assert half.losses()["k"].G.dtype == torch.float32
     double, _ = collect(block, X, [4], scaling=0.5)
@@ -127,9 +127,9 @@ def test_scaling_and_single_precision():
 
 def test_errors_and_a_single_token():
     with pytest.raises(AespaError, match="at least 1"):
-        GaussNewtonStatistics(4, 2, 4, 6, coarse=0)
+        GaussNewtonStatistics((4, 2, 4, 6), coarse=0)
     with pytest.raises(AespaError, match="no tokens"):
-        GaussNewtonStatistics(4, 2, 4, 6).losses()
+        GaussNewtonStatistics((4, 2, 4, 6)).losses()
     block, X = module(0, tok=1)
     stats, seen = collect(block, X, [4])
     assert stats.losses()["q"].G.abs().max() < 1e-20 and stats.losses()["k"].H.abs().max() < 1e-20

@@ -108,7 +108,7 @@ class Largest(TorchDispatchMode):
 def test_no_intermediate_grows_with_tokens_times_heads():
     seqs, heads, inp, tok, d = 2, 16, 24, 32, 4
     X, Q, K, A = (torch.rand(seqs, *s) for s in ((inp, tok), (heads, d, tok), (heads, d, tok), (heads, tok, tok)))
-    stats = AttentionStatistics(heads, heads, d, inp)
+    stats = AttentionStatistics((heads, heads, d, inp))
     with Largest() as seen:
         seen.known = [t.untyped_storage().data_ptr() for t in (X, Q, K, A, stats.hv, stats.kk, stats.qq)]
         stats.add(X, Q, K, A)
@@ -130,7 +130,7 @@ def test_mean_rotated_keeps_trace_and_symmetry_and_takes_any_heads():
 def test_half_precision_activations_are_summed_in_single():
     block, X, _ = attention_module(1)
     seen = block(X)
-    stats = AttentionStatistics(4, 2, 4, 6, rope_matrices(*block.rope))
+    stats = AttentionStatistics((4, 2, 4, 6), rope_matrices(*block.rope))
     stats.add(*(v.half() for v in (X, seen.Q, seen.K, seen.A)))
     exact = collect(block, X, [4])[0].losses()
     for name, loss in stats.losses().items():
@@ -155,8 +155,8 @@ def test_damping_makes_both_sides_positive_definite():
         (lambda: KroneckerLoss(torch.full((3, 3), torch.nan)), NumericalError, "H has NaN or Inf"),
         (lambda: KroneckerLoss(torch.eye(3))(torch.ones(2, 4)), AespaError, "does not fit the loss"),
         (lambda: KroneckerLoss(torch.eye(3), torch.eye(2))(torch.ones(3, 3)), AespaError, "2 rows each"),
-        (lambda: AttentionStatistics(4, 3, 4, 6), AespaError, "equal groups"),
-        (lambda: AttentionStatistics(4, 2, 4, 6).losses(), AespaError, "no tokens"),
+        (lambda: AttentionStatistics((4, 3, 4, 6)), AespaError, "equal groups"),
+        (lambda: AttentionStatistics((4, 2, 4, 6)).losses(), AespaError, "no tokens"),
         (lambda: mean_rotated(torch.eye(4), torch.eye(2)[None]), AespaError, "rotations of size 2"),
     ],
 )

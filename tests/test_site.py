@@ -169,6 +169,8 @@ def turn_dark(tab):
     tab.click(".theme-switch-button:visible")
     tab.click(".theme-change-button[data-mode=dark]:visible")
     tab.mouse.move(0, 0)
+    tab.evaluate("() => document.activeElement.blur()")
+    tab.wait_for_selector(".tooltip", state="detached")
     tab.evaluate(AT_REST)
 
 

@@ -6,8 +6,8 @@
 Stored outputs come out the same on every run: seeds are the notebooks' own, everything else is pinned here but the
 processor. Each notebook knows the arithmetic that its outputs were made with; where that is this machine's, a check
 wants them again. Another processor adds in another order, which a rounded model amplifies; there the words must be
-the same and numbers alike, figures are not compared, and neither are cells marked `#| varies`. Cells marked
-`#| timed` print seconds or bytes in use: their outputs are stored, and never compared.
+the same and numbers alike, figures are not compared, and neither are cells marked `#| varies`. What a command prints
+of the machine itself (seconds, memory in use, a temporary folder's name) is stored, and never compared.
 
 Cells marked `#| eval: false`, or with a flag of `tst_flags` in settings.ini that is not asked for with --flags,
 are not run and keep their outputs.
@@ -90,6 +90,9 @@ def run(path, flags=(), timeout=600):
 # --- comparing two runs -------------------------------------------------------------------------------------------
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+OF_THE_MACHINE = re.compile(  # a temporary folder; memory; the seconds in a table of results, between top-1 and MB
+    r"(?<=/tmp/)\w+|(?<=peak memory above the model )\d+(?= MiB)|(?<=\.\d%) +\d+(?= +\d+\.\d$)", re.MULTILINE
+)
 SVG_ID = re.compile(r"\b[mphc][0-9a-f]{10}\b")  # matplotlib names shapes after a hash of their points
 
 
@@ -125,7 +128,7 @@ def same(a, b, svg=False, near=close):
 def parts(output):
     "The texts and figures in one output, by name."
     if output.output_type == "stream":
-        return {output.name: output.text}
+        return {output.name: OF_THE_MACHINE.sub("*", output.text)}
     if output.output_type == "error":
         return {"error": output.evalue}
     return dict(output.data)
@@ -143,8 +146,7 @@ def compare(old, new):
             continue
         for x, y in zip(map(parts, a.outputs), map(parts, b.outputs)):
             kinds = {k: same(x.get(k, ""), y.get(k, ""), "svg" in k, near) for k in x.keys() | y.keys()}
-            marks = extract_directives(a, remove=False)
-            if "timed" in marks or (near is alike and "varies" in marks):
+            if near is alike and "varies" in extract_directives(a, remove=False):
                 kinds = {k: "close" for k in kinds}
             rounded += "close" in kinds.values()
             for k in sorted(k for k, v in kinds.items() if v == "different"):

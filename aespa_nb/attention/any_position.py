@@ -43,30 +43,36 @@ def _add_attention(total, T, y, rows, other, n_kv_heads) -> None:
         _add_square(total, _pull_back(T, y, z, rows))
 
 # %% ../../nbs/attention/24_any_position.ipynb #e73cf8a6
-def _add_gauss_newton_q(total, Q, K, V, A, y, rows, at, metric) -> None:
-    "Adds `sum_m J_m^T C_m^T M C_m J_m` of the queries `at`."
-    group = Q.shape[1] // K.shape[1]
-    C = [softmax_covariances(A[:, h, at].to(V), V[:, h // group], K[:, h // group]) for h in range(Q.shape[1])]
-    C = torch.stack(C, 1)  # [batch heads queries d_v d]
-    C = C if metric is None else _root(metric).mT[:, None] @ C
+def _covariances(A, V, K, metric):
+    "`M^(1/2) C_m` of the queries of `A`: `[batch heads queries d_v d]`."
+    group = A.shape[1] // K.shape[1]
+    C = [softmax_covariances(a, V[:, h // group], K[:, h // group]) for h, a in enumerate(A.to(V).unbind(1))]
+    C = torch.stack(C, 1)
+    return C if metric is None else _root(metric).mT[:, None] @ C
+
+
+def _add_gauss_newton_q(total, Q, C, y, rows, at) -> None:
+    "Adds `sum_m J_m^T C_m^T M C_m J_m` of the queries `at`, whose `_covariances` are `C`."
     for row in C.unbind(-2):
         z = torch.zeros_like(Q)
         z[..., at] = row.mT
         _add_square(total, _pull_back(Q, y, z, rows)[:, at])
 
 # %% ../../nbs/attention/24_any_position.ipynb #195281a9
-def _add_gauss_newton_k(sums, Q, K, V, A, X, y, rows, at, metric) -> None:
-    "Adds `J_j^T q_m q_m^T J_j` with the weights of all pairs (m, j) to `sums`: of G, of H, of the trace of the whole."
-    gk, hk, trace = sums
-    n_kv_heads, group, W = K.shape[1], Q.shape[1] // K.shape[1], []
-    for g in range(n_kv_heads):  # probabilities, values and metric of the heads that share a KV head
-        heads = slice(g * group, g * group + group)
-        W.append(pair_weights(A[:, heads, at].to(V), V[:, g], None if metric is None else metric[heads]))
-    W = torch.stack(W, 1).clamp(min=0).sqrt()  # [batch kv group queries keys]
-    X2 = X.square().sum(1)
+def _root_weights(A, V, metric):
+    "Square roots of the weights of all pairs of a query of `A` and a key: `[batch kv group queries keys]`."
+    group = A.shape[1] // V.shape[1]
+    heads = [slice(g * group, g * group + group) for g in range(V.shape[1])]  # that share a KV head
+    W = [pair_weights(A[:, h].to(V), v, None if metric is None else metric[h]) for h, v in zip(heads, V.unbind(1))]
+    return torch.stack(W, 1).clamp(min=0).sqrt()
+
+
+def _add_gauss_newton_k(sums, Q, K, W, X, y, rows) -> None:
+    "Adds `w_mj J_j^T q_m q_m^T J_j` of the queries `Q` and all keys to `sums`: of G, of H, of the trace of the whole."
+    (gk, hk, trace), group, X2 = sums, W.shape[2], X.square().sum(1)
     for i in range(group):
-        for k, m in enumerate(at.tolist()):
-            g = _pull_back(K, y, W[:, :, i, k, None] * Q[:, i::group, :, m, None], rows)
+        for m in range(Q.shape[-1]):
+            g = _pull_back(K, y, W[:, :, i, m, None] * Q[:, i::group, :, m, None], rows)
             _add_square(gk, g)
             per_key = g.square().sum(-1)  # [batch keys kv]
             trace += (per_key * X2[..., None]).sum((0, 1))
@@ -114,12 +120,13 @@ class MeasuredStatistics:
         if "q" in rows and plain:
             _add_attention(self.gq, Q, y["q"], rows["q"], K.detach(), K.shape[1])
         elif "q" in rows:
-            _add_gauss_newton_q(self.gq, Q, K.detach(), V, A, y["q"], rows["q"], at, self.metric)
+            C = _covariances(A[:, :, at], V, K.detach(), self.metric)
+            _add_gauss_newton_q(self.gq, Q, C, y["q"], rows["q"], at)
         if "k" in rows and plain:
             _add_attention(self.gk, K, y["k"], rows["k"], Q.detach(), K.shape[1])
         elif "k" in rows:
-            sums, X_k = (self.gk, self.hk, self.trace), X["k"].to(self.hk)
-            _add_gauss_newton_k(sums, Q.detach(), K, V, A, X_k, y["k"], rows["k"], at, self.metric)
+            sums, W = (self.gk, self.hk, self.trace), _root_weights(A[:, :, at], V, self.metric)
+            _add_gauss_newton_k(sums, Q.detach()[..., at], K, W, X["k"].to(self.hk), y["k"], rows["k"])
         if "v" in rows:
             add_attended(self.hv, X["v"].to(self.hv), A)
         self.group = Q.shape[1] // K.shape[1]

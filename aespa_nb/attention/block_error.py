@@ -36,7 +36,7 @@ class AttentionBlock:
         "Runs attention up to the heads' outputs."
         heads = self.n_heads, self.n_kv_heads
         weights = self.W_q, self.W_k, self.W_v
-        return attend(X, *weights, *heads, self.rope, self.mask, self.scaling)
+        return attend(X, weights, *heads, self.rope, self.mask, self.scaling)
 
 # %% ../../nbs/attention/21_block_error.ipynb #177be642
 def moved(

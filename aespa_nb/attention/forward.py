@@ -159,9 +159,7 @@ class Attended:
 # %% ../../nbs/attention/20_forward.ipynb #f975d907
 def attend(
     X: Float[Tensor, "*batch inp tok"],  # inputs, tokens are columns
-    W_q: Float[Tensor, "rows_q inp"],  # query projection
-    W_k: Float[Tensor, "rows_kv inp"],  # key projection
-    W_v: Float[Tensor, "rows_kv inp"],  # value projection
+    W: tuple[Tensor, Tensor, Tensor],  # projections: query `[rows_q inp]`, key and value `[rows_kv inp]`
     n_heads: int,  # query heads
     n_kv_heads: int,  # key and value heads
     rope: tuple[Tensor, Tensor] | None = None,  # cosines and sines `[d_head tok]`; `None`: no rotation
@@ -169,8 +167,7 @@ def attend(
     scaling: float | None = None,  # of the scores; `None`: 1 / sqrt(d_head)
 ) -> Attended:  # everything on the way
     "Attention up to the heads' outputs, for whole batches and all heads. Raises `AespaError` on heads that don't fit."
-    Q, K = split_heads(W_q @ X, n_heads), split_heads(W_k @ X, n_kv_heads)
-    V = split_heads(W_v @ X, n_kv_heads)
+    Q, K, V = (split_heads(W_i @ X, n) for W_i, n in zip(W, (n_heads, n_kv_heads, n_kv_heads)))
     if rope is not None:
         Q, K = rotate(Q, *rope), rotate(K, *rope)
     A = attention_probabilities(Q, repeat_kv(K, n_heads), scaling, mask)

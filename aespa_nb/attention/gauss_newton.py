@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .forward import Rotations, attention_output, rotate, split_heads
-from .kronecker_losses import AttentionSums, KroneckerLoss, add_attended, check_heads
+from .kronecker_losses import AttentionShape, AttentionSums, KroneckerLoss, add_attended, check_heads
 from ..errors import AespaError
 from ..notation import Hessian
 from ..rounding.hessian import sum_all
@@ -155,10 +155,7 @@ class GaussNewtonSums(AttentionSums):
 
     def __init__(
         self,
-        n_heads: int,  # query heads
-        n_kv_heads: int,  # key and value heads
-        d_head: int,  # size of a head
-        inp: int,  # input features
+        shape: AttentionShape,  # or its four sizes as a tuple
         rotation: Float[Tensor, "tok d_head d_head"] | Rotations | None = None,  # `None`: no RoPE
         device: torch.device | str | None = None,  # where the sums live
         dtype: torch.dtype = torch.float32,  # of the sums; inputs are cast
@@ -168,73 +165,24 @@ class GaussNewtonSums(AttentionSums):
         metric: Float[Tensor, "n_heads d_head d_head"] | None = None,  # `output_metric`; `None`: the heads' own error
         scaling: float | None = None,  # of the scores; `None`: 1 / sqrt(d_head)
     ):
-        super().__init__(n_heads, n_kv_heads, d_head, inp, rotation, device, dtype)
-        self.stride, self.coarse = _check_strides(stride, coarse)
-        self.scaling = d_head**-0.5 if scaling is None else scaling
+        super().__init__(shape, rotation, device, dtype)
+        if stride < 1 or coarse < 1:
+            raise AespaError(f"stride and coarse must be at least 1, not {stride} and {coarse}")
+        n_heads, _, d, inp = shape
+        self.stride, self.coarse, self.scaling = stride, coarse, d**-0.5 if scaling is None else scaling
         self.rotation, self.metric = (None if t is None else t.to(device, dtype) for t in (rotation, metric))
-        _add_sums(self, n_heads, d_head, inp)
-
-# %% ../../nbs/attention/23_gauss_newton.ipynb #8cc609ac
-def _check_strides(stride, coarse):
-    "The two, if they can be used."
-    if stride < 1 or coarse < 1:
-        raise AespaError(f"stride and coarse must be at least 1, not {stride} and {coarse}")
-    return stride, coarse
-
-
-def _add_sums(s, n_heads, d_head, inp):
-    "The sums of q and k, the probes, and what was counted."
-    s.gq, s.gk = s.hv.new_zeros(n_heads, d_head, d_head), torch.zeros_like(s.kk)
-    s.hk, s.change, s.queries = torch.zeros_like(s.hv), torch.zeros_like(s.kk[:, 0, 0]), 0
-    s.probes = torch.randn(4, d_head, inp, generator=torch.Generator().manual_seed(0)).to(s.hv)
-    s.probed = torch.zeros_like(s.probes[:, 0, 0])  # queries that each probe was asked at
-
-# %% ../../nbs/attention/23_gauss_newton.ipynb #03a78317
-def _add_group(s, g, X, Q, K, V, A, dK, at, few):
-    "Adds the queries `at` of the heads that share KV head `g`; `few` of them to the costly sums."
-    n, R = A.shape[1], s.rotation
-    M = None if s.metric is None else s.metric[g * n : g * n + n]
-    W = pair_weights(A, V, M)
-    per_key = (W * Q.square().sum(-2)[..., None]).sum((1, 2))
-    s.hk[g].addmm_((X * per_key[:, None]).movedim(1, 0).flatten(1), X.movedim(1, 0).flatten(1).T)
-    A, Q, W = A[:, :, few], Q[..., few], W[:, :, few]
-    seen = (A != 0).flatten(0, 1).any(0).cpu()
-    for i in range(n):
-        sums, R_m, M_h = s.gq[g * n + i], None if R is None else R[at[few]], None if M is None else M[i]
-        _add_q(sums, A[:, i], V, K, R_m, M_h, seen, s.budget)
-    _add_k(s.gk[g], W, Q, R, seen, s.budget)
-    for i, dK_i in enumerate(dK):
-        s.change[g] += _squared_change(A[:, :, i :: len(dK)], Q[..., i :: len(dK)], V, dK_i, M)
-
-# %% ../../nbs/attention/23_gauss_newton.ipynb #6f720096
-def _sized(s, H, G):
-    "The pair of k, scaled so that it agrees with the measured change of the probes."
-    G, H = (M / M.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None] for M in (G, H))
-    by_pair = torch.stack([((g @ s.probes @ h) * s.probes).sum((-1, -2)) @ s.probed for g, h in zip(G, H)])
-    measured = s.change * (s.scaling**2 * s.n_kv_heads / s.n_heads)
-    return KroneckerLoss(H.mul_((measured / by_pair.clamp(min=1e-30))[:, None, None]), G)
-
-# %% ../../nbs/attention/23_gauss_newton.ipynb #05df5a3c
-class _GaussNewtonLosses(GaussNewtonSums):
-    "What is made of the sums."
+        self.gq, self.gk = self.hv.new_zeros(n_heads, d, d), torch.zeros_like(self.kk)
+        self.hk, self.change, self.queries = torch.zeros_like(self.hv), torch.zeros_like(self.kk[:, 0, 0]), 0
+        self.probes = torch.randn(4, d, inp, generator=torch.Generator().manual_seed(0)).to(self.hv)
+        self.probed = torch.zeros_like(self.probes[:, 0, 0])  # queries that each probe was asked at
 
     @property
     def budget(self) -> int:
         "Entries of a temporary: what fits into the cache of a CPU, or keeps a GPU busy."
         return 2**18 if self.hv.device.type == "cpu" else 2**26
 
-    def losses(
-        self,
-        H: Hessian | None = None,  # mean of x x^T, if the caller has it already
-    ) -> dict[str, KroneckerLoss]:
-        "Losses of q, k and v in units of the heads' squared error. Raises `AespaError` if nothing was added."
-        H, group = self.gram.mean() if H is None else H, self.n_heads // self.n_kv_heads
-        q = KroneckerLoss(H, self.gq * (self.scaling**2 / self.queries))
-        G_v = None if self.metric is None else self.metric.unflatten(0, (-1, group)).mean(1)
-        return {"q": q, "k": _sized(self, self.hk, self.gk), "v": KroneckerLoss(self.hv / self.gram.tokens, G_v)}
-
 # %% ../../nbs/attention/23_gauss_newton.ipynb #2a1d33a1
-class GaussNewtonStatistics(_GaussNewtonLosses):
+class GaussNewtonStatistics(GaussNewtonSums):
     "Streaming Gauss-Newton statistics of one attention module and the losses made of them."
 
     def add(
@@ -251,10 +199,41 @@ class GaussNewtonStatistics(_GaussNewtonLosses):
         X, Q, K, V = (t.to(self.hv) for t in (X, Q, K, V))
         add_attended(self.hv, X, A)
         dK, at = _keys_moved(self.probes, X, self.rotation), strided(A.shape[-1], self.stride)
-        few = strided(len(at), self.coarse)
-        group = self.n_heads // self.n_kv_heads
+        few, group = strided(len(at), self.coarse), self.n_heads // self.n_kv_heads
         for g in range(self.n_kv_heads):
             heads = slice(g * group, g * group + group)
-            _add_group(self, g, X, Q[:, heads, :, at], K[:, g], V[:, g], A[:, heads, at].to(X), dK, at, few)
+            A_g, Q_g, K_g, V_g = A[:, heads, at].to(X), Q[:, heads, :, at], K[:, g], V[:, g]
+            M, R = (None if self.metric is None else self.metric[heads]), self.rotation
+            W = pair_weights(A_g, V_g, M)
+            per_key = (W * Q_g.square().sum(-2)[..., None]).sum((1, 2))
+            self.hk[g].addmm_((X * per_key[:, None]).movedim(1, 0).flatten(1), X.movedim(1, 0).flatten(1).T)
+            A_g, Q_g, W = A_g[:, :, few], Q_g[..., few], W[:, :, few]
+            seen = (A_g != 0).flatten(0, 1).any(0).cpu()
+            for i in range(group):
+                R_m, M_h = None if R is None else R[at[few]], None if M is None else M[i]
+                _add_q(self.gq[g * group + i], A_g[:, i], V_g, K_g, R_m, M_h, seen, self.budget)
+            _add_k(self.gk[g], W, Q_g, R, seen, self.budget)
+            for i, dK_i in enumerate(dK):
+                self.change[g] += _squared_change(A_g[:, :, i :: len(dK)], Q_g[..., i :: len(dK)], V_g, dK_i, M)
         self.queries += len(X) * len(few)
         self.probed += torch.tensor([len(X) * len(few[i :: len(dK)]) for i in range(len(dK))]).to(X)
+
+    def losses(
+        self,
+        H: Hessian | None = None,  # mean of x x^T, if the caller has it already
+    ) -> dict[str, KroneckerLoss]:
+        "Losses of q, k and v in units of the heads' squared error. Raises `AespaError` if nothing was added."
+        H, group = self.gram.mean() if H is None else H, self.n_heads // self.n_kv_heads
+        G_q = self.gq * (self.scaling**2 / self.queries)
+        unit = lambda M: M / M.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
+        G_k, H_k = unit(self.gk), unit(self.hk)  # their size is what the probes have measured
+        of_probes = lambda g, h: ((g @ self.probes @ h) * self.probes).sum((-1, -2)) @ self.probed
+        by_pair = torch.stack([of_probes(g, h) for g, h in zip(G_k, H_k)])
+        measured = self.change * (self.scaling**2 / group)
+        H_k.mul_((measured / by_pair.clamp(min=1e-30))[:, None, None])
+        G_v = None if self.metric is None else self.metric.unflatten(0, (-1, group)).mean(1)
+        return {
+            "q": KroneckerLoss(H, G_q),
+            "k": KroneckerLoss(H_k, G_k),
+            "v": KroneckerLoss(self.hv / self.gram.tokens, G_v),
+        }

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..attention.any_position import MeasuredStatistics
 from ..attention.gauss_newton import GaussNewtonStatistics, output_metric
-from ..attention.kronecker_losses import AttentionStatistics, KroneckerLoss
+from ..attention.kronecker_losses import AttentionShape, AttentionStatistics, KroneckerLoss
 from ..errors import UnsupportedModelError
 from .blocks import expert_matrices, kind_of, weight_of
 from .capture import Watch, capture_attention, use_attention
@@ -195,11 +195,11 @@ class AttentionCollector:
             inp = {r: len(inputs[r].gram.total) for r in keys}
             self.sums = MeasuredStatistics(rows, inp, objective, device, dtype, **options)
             return
-        sizes = len(q.rows), self.kv_heads, q.rows.shape[1], len(gram.total)
+        shape = AttentionShape(len(q.rows), self.kv_heads, q.rows.shape[1], len(gram.total))
         if objective == "attention":
-            self.sums = AttentionStatistics(*sizes, q.rotation, device, dtype)
+            self.sums = AttentionStatistics(shape, q.rotation, device, dtype)
         else:
-            self.sums = GaussNewtonStatistics(*sizes, q.rotation, device, dtype, **options, stride=8, coarse=2)
+            self.sums = GaussNewtonStatistics(shape, q.rotation, device, dtype, **options, stride=8, coarse=2)
         self.sums.gram, inputs["q"].counted = gram, True  # these statistics add up the inputs themselves
 
     def add(self, batch: Batch) -> None:
