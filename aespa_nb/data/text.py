@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'Reference', 'load_reference', 'random_windows', 'consecutive_windows', 'Corpus', 'Text', 'read_text',
-           'load_text', 'Origin', 'Windows', 'calibration_windows', 'evaluation_windows', 'calibration_tokens',
-           'evaluation_tokens', 'shared_text', 'shared_warning', 'check_tokens']
+           'Origin', 'calibration_tokens', 'evaluation_tokens', 'shared_text', 'shared_warning', 'check_tokens']
 
 # %% ../../nbs/data/30_text.ipynb #73a28dfc
 import re
@@ -142,14 +141,6 @@ def read_text(
         return _read_file(path, *rest, evaluation=evaluation)
     return _read_split(_corpus(place, *rest), evaluation)
 
-# %% ../../nbs/data/30_text.ipynb #40b869a2
-def load_text(
-    source: str,  # as for `read_text`
-    evaluation: bool = False,
-) -> str:
-    "The text that `read_text` finds, alone."
-    return read_text(source, evaluation).text
-
 # %% ../../nbs/data/30_text.ipynb #c13file0
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -242,39 +233,34 @@ class Origin(NamedTuple):
         where = f" ({self.place})" if self.place not in self.source else ""
         return f"{size}, from {self.source}{where}, {self.split}"
 
-
-class Windows(NamedTuple):
-    "Tokens that a model can take, and where they are from."
-
-    tokens: Int[Tensor, "seq tok"]
-    origin: Origin
-
 # %% ../../nbs/data/30_text.ipynb #c13cwin0
-def calibration_windows(
+def calibration_tokens(
     source: str,  # spelled as in the table above
     tokenizer: PreTrainedTokenizerBase,
     samples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,
-) -> Windows:
-    "Seeded random windows of the calibration split."
+) -> Int[Tensor, "seq tok"]:
+    "Seeded random windows of the calibration split; as `origin` the tensor says where they are from."
     ids, place, split = _ids(source, tokenizer, evaluation=False)
     tokens = random_windows(ids, samples, seqlen, seed)
-    return Windows(tokens, Origin(source, place, split, len(ids), samples, seqlen, f"random windows, seed {seed}"))
+    tokens.origin = Origin(source, place, split, len(ids), samples, seqlen, f"random windows, seed {seed}")
+    return tokens
 
 # %% ../../nbs/data/30_text.ipynb #c13ewin0
-def evaluation_windows(
+def evaluation_tokens(
     source: str,  # spelled as in the table above
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int = 2048,
     samples: int | None = None,  # only the first windows; None: all
     stride: int | None = None,  # from window to window; None: `seqlen`, so that they do not overlap
-) -> Windows:
-    "Consecutive windows of the evaluation split."
+) -> Int[Tensor, "seq tok"]:
+    "Consecutive windows of the evaluation split; as `origin` the tensor says where they are from."
     ids, place, split = _ids(source, tokenizer, evaluation=True)
     tokens = consecutive_windows(ids, seqlen, stride)[:samples]
     order = "without overlap" if stride in (None, seqlen) else f"a window every {stride}"
-    return Windows(tokens, Origin(source, place, split, len(ids), len(tokens), seqlen, order))
+    tokens.origin = Origin(source, place, split, len(ids), len(tokens), seqlen, order)
+    return tokens
 
 # %% ../../nbs/data/30_text.ipynb #c13ids00
 def _ids(source: str, tokenizer: PreTrainedTokenizerBase, evaluation: bool):
@@ -285,28 +271,6 @@ def _ids(source: str, tokenizer: PreTrainedTokenizerBase, evaluation: bool):
         return tokens.flatten(), "bundled with aespa_nb", split
     text, place, split = read_text(source, evaluation)
     return _encode(text, tokenizer), place, split
-
-# %% ../../nbs/data/30_text.ipynb #3807408c
-def calibration_tokens(
-    source: str,  # spelled as in the table above
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int = 128,
-    seqlen: int = 2048,
-    seed: int = 0,
-) -> Int[Tensor, "seq tok"]:
-    "The tokens of `calibration_windows`."
-    return calibration_windows(source, tokenizer, samples, seqlen, seed).tokens
-
-# %% ../../nbs/data/30_text.ipynb #aeb410e3
-def evaluation_tokens(
-    source: str,  # spelled as in the table above
-    tokenizer: PreTrainedTokenizerBase,
-    seqlen: int = 2048,
-    samples: int | None = None,  # only the first windows; None: all
-    stride: int | None = None,  # from window to window; None: `seqlen`
-) -> Int[Tensor, "seq tok"]:
-    "The tokens of `evaluation_windows`."
-    return evaluation_windows(source, tokenizer, seqlen, samples, stride).tokens
 
 # %% ../../nbs/data/30_text.ipynb #dea4a31f
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " tok"]:
@@ -330,13 +294,13 @@ def shared_text(
 
 # %% ../../nbs/data/30_text.ipynb #c13warn0
 def shared_warning(
-    calib: Windows,
-    heldout: Windows,
+    calib: Int[Tensor, "seq tok"],  # from `calibration_tokens`
+    heldout: Int[Tensor, "seq2 tok2"],  # from `evaluation_tokens`
     limit: float = 0.01,  # share of the held-out runs of 32 tokens from which on we warn
 ) -> str | None:
     "One line if both are from one split of one place or share text, else None."
     a, b = calib.origin, heldout.origin
-    share = shared_text(calib.tokens, heldout.tokens)
+    share = shared_text(calib, heldout)
     if (a.place, a.split) == (b.place, b.split):
         return f"calibration and evaluation are the same text ({a.place}, {a.split}): name another for evaluation"
     if share > limit:
