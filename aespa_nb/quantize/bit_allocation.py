@@ -18,16 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AespaError
-from ..model.blocks import expert_matrices, kind_of, linears_of, stacks_of, weight_of
+from ..model.blocks import expert_matrices, kind_of, linears_of, weight_of
 from ..model.capture import Watch, capturing
-from ..model.memory import working_on
 from ..model.statistics import block_losses, parts_of, survey
-from ..model.stream import BlockStream
 from .block import part_weight
 from .config import AespaConfig, bits_of
 from .layer import round_layer
-from .report import progress_bar
-from .run import blocks_of, check_model, draw_inputs
+from .run import Run, blocks_of
 from ..rounding.grid import check_bits
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #ffecb2f1
@@ -94,38 +91,27 @@ def predicted_losses(
     progress: bool = False,
 ) -> dict[str, dict[int, float]]:
     "KL in nats per token that rounding each linear alone is expected to cost, by name and bits."
-    check_model(model, tokens, config)
-    inputs, device = draw_inputs(tokens, config), torch.device(config.device or model.device)
     solver = "rtn" if config.solver == "rtn" else "gptq"  # a quick recipe on the same grid
-    quick = replace(config, objective="layer", solver=solver, zfold=False, correction=0.0, tuning=0)
-    losses: dict[str, dict[int, float]] = {}
-    with contextlib.ExitStack() as stack:
-        stack.callback(model.train, model.training)
-        model.eval()
-        prices = output_prices(model, {k: v[:sequences] for k, v in inputs.items()}, config.seed)
-        stack.enter_context(capturing(model))
-        announce = stack.enter_context(progress_bar(len(blocks_of(model)), progress))
-        for path in stacks_of(model):
-            stream = BlockStream(model, inputs, config.batch_size, device, config.dtype, path)
-            stack.enter_context(contextlib.closing(stream))
-            for i, block in enumerate(model.get_submodule(path)):
-                announce(f"predicting: block {i}")
-                with working_on(block, device, config.dtype):
-                    found = survey(model, block, stream)
-                    parts = parts_of(block, found)
-                    read = block_losses(model, block, stream, "layer", config.dtype, found=found)
-                    for key, loss in read.losses.items():
-                        part, name = parts[key], f"{path}.{i}.{parts[key].linear}"
-                        W = part_weight(block, part, config.dtype)
-                        price = prices.get(name, torch.zeros(len(weight_of(block, part.linear))))  # 0: it never ran
-                        price = (price if part.rows is None else price[part.rows.to(price.device)]).to(W)
-                        own = bits_of(config, name) if any(kept in name for kept in config.keep) else None
-                        for bits in choices if own is None else () if own == 16 else (own,):
-                            layer = round_layer(W, loss.damped(config.damping), replace(quick, bits=bits, keep={}))
-                            dW = layer.weight().to(W) - W
-                            menu = losses.setdefault(name, {})
-                            menu[bits] = menu.get(bits, 0.0) + float((price * ((dW @ loss.H) * dW).sum(1)).sum())
-                    stream.run(block, keep=True)
+    quick = dict(method="layers", objective="layer", solver=solver, zfold=False, correction=0.0, tuning=0)
+    quick, losses = replace(config, **quick), {}
+    with Run(model, tokens, quick, progress) as run:
+        prices = output_prices(model, {k: v[:sequences] for k, v in run.inputs.items()}, config.seed)
+        for at in run.blocks():
+            found = survey(model, at.block, at.stream)
+            parts = parts_of(at.block, found)
+            read = block_losses(model, at.block, at.stream, "layer", config.dtype, found=found)
+            for key, loss in read.losses.items():
+                part, name = parts[key], f"{at.name}.{parts[key].linear}"
+                at.announce(part.linear)
+                W = part_weight(at.block, part, config.dtype)
+                price = prices.get(name, torch.zeros(len(weight_of(at.block, part.linear))))  # 0: it never ran
+                price = (price if part.rows is None else price[part.rows.to(price.device)]).to(W)
+                own = bits_of(config, name) if any(kept in name for kept in config.keep) else None
+                for bits in choices if own is None else () if own == 16 else (own,):
+                    layer = round_layer(W, loss.damped(config.damping), replace(quick, bits=bits, keep={}))
+                    dW, menu = layer.weight().to(W) - W, losses.setdefault(name, {})
+                    menu[bits] = menu.get(bits, 0.0) + float((price * ((dW @ loss.H) * dW).sum(1)).sum())
+            at.stream.run(at.block, keep=True)
     return losses
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #8dc9f65a
