@@ -91,11 +91,6 @@ class Corpus(NamedTuple):
     join: str = "\n\n"  # between documents
     documents: tuple[int | None, int | None] = (None, None)  # read at most so many to calibrate, to measure
 
-    @property
-    def place(self) -> str:
-        "Repository and configuration."
-        return "/".join([self.path, *([self.options["name"]] if "name" in self.options else [])])
-
 # %% ../../nbs/data/30_text.ipynb #b4902187
 _C4 = "en/c4-{}.00000-of-{}.json.gz"  # the first file of a split
 _C4_FILES = {"train": _C4.format("train", "01024"), "validation": _C4.format("validation", "00008")}
@@ -186,7 +181,8 @@ def _corpus(place: str, split: str = "", column: str = "text") -> Corpus:
 # %% ../../nbs/data/30_text.ipynb #aa712080
 def _read_split(corpus: Corpus, evaluation: bool = False, name: str = "") -> Text:
     "The documents of the first wanted split that exists, joined."
-    name, wanted = name or corpus.place, corpus.evaluation if evaluation else corpus.calibration
+    name = name or "/".join(filter(None, (corpus.path, corpus.options.get("name"))))  # repository and configuration
+    wanted = corpus.evaluation if evaluation else corpus.calibration
     splits = _fetch(name, lambda: _load_dataset(corpus))
     split = next((s for s in wanted if s in splits), None)
     if split is None:
