@@ -111,17 +111,13 @@ class Source:
         if (Path(self.model).expanduser() / "quantization.json").is_file():
             raise AespaError(f"{self.model} holds a rounded model: start from the full-precision one")
 
-    def file_dtype(self, config):
-        "The type of what is written of this model after rounding with `config`."
-        from importlib.resources import files
-
+    def file_dtype(self, model, config):
+        "The type of what is written of the loaded `model` after rounding with `config`."
         import torch
-        from transformers import AutoConfig
 
-        folder = files("aespa_nb") / "reference" if self.model == "reference" else self.model
-        found = AutoConfig.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code).dtype
         bits = max(b for b in (config.bits, *config.keep.values()) if b < 16)
-        return found if isinstance(found, torch.dtype) and (found != torch.bfloat16 or bits < 8) else torch.float32
+        stored = torch.float16 if self.model == "reference" else model.dtype
+        return torch.float32 if stored == torch.bfloat16 and bits >= 8 else stored
 
 # %% ../nbs/guides/89_options.ipynb #4fefb10e
 PRESETS_TEXT = (
@@ -204,14 +200,14 @@ class Text:
 
     def read(self, model, tokenizer, seed: int = 0) -> tuple:
         "Tokens that calibrate, tokens that measure, and in words where they are from."
-        from aespa_nb.data.text import calibration_windows, evaluation_windows, shared_warning
+        from aespa_nb.data.text import calibration_tokens, evaluation_tokens, shared_warning
 
         place = self.evaluation or self.calibration
         seqlen = window_length(self.seqlen, model, tokenizer, self.calibration, place)
-        calib = calibration_windows(self.calibration, tokenizer, self.samples, seqlen, seed)
-        heldout = evaluation_windows(place, tokenizer, seqlen, self.eval_samples)
+        calib = calibration_tokens(self.calibration, tokenizer, self.samples, seqlen, seed)
+        heldout = evaluation_tokens(place, tokenizer, seqlen, self.eval_samples)
         said = dict(calibration=str(calib.origin), evaluation=str(heldout.origin))
-        return calib.tokens, heldout.tokens, said | dict(warning=shared_warning(calib, heldout))
+        return calib, heldout, said | dict(warning=shared_warning(calib, heldout))
 
     def facts(self, source: Source) -> dict:
         "What the model card says of a run."
@@ -258,6 +254,7 @@ def one_line(error: Exception) -> str | None:
     from aespa_nb.attention.gauss_newton import out_of_memory
 
     said = " ".join(str(error).split()) or type(error).__name__
-    if out_of_memory(error) and not isinstance(error, AespaError):
-        return f"{said}: take shorter windows (--seqlen), and see aespa_nb plan"
+    if out_of_memory(error):
+        way = "a shorter --seqlen, a preset with fewer statistics (gptq) or --device cpu; fewer samples do not help"
+        return f"out of memory ({said}): use {way}, and see aespa_nb plan"
     return said if isinstance(error, (AespaError, OSError)) else None

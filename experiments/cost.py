@@ -14,10 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from aespa_nb import AespaConfig, quantize_model
 from aespa_nb.data.scores import evaluate_model
 from aespa_nb.data.text import load_reference
-from aespa_nb.experiments.cost import estimate_run, measure_cost, random_model, random_tokens
+from aespa_nb.experiments.cost import count_work, estimate_run, random_model
 from aespa_nb.model.memory import resident, sampled
 from aespa_nb.model.phases import timed
 
@@ -29,16 +30,20 @@ POINTS = [  # blocks, sequences, their length, shape
 ]
 
 
+def random_tokens(seqs, seqlen, seed=0):
+    return torch.randint(0, 256, (seqs, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
 def growth_point(preset, blocks, seqs, seqlen, shape):
     "One run of random blocks, in numbers; of one of the runs also the operations."
     model = random_model(shape, blocks, seqlen)
-    tokens, config = random_tokens(model, seqs, seqlen), AespaConfig.preset(preset, bits=2, iterations=50)
+    tokens, config = random_tokens(seqs, seqlen), AespaConfig.preset(preset, bits=2, iterations=50)
     row = dict(preset=preset, blocks=blocks, seqs=seqs, seqlen=seqlen, shape=shape)
     with timed(time.thread_time) as seconds:
         report = quantize_model(model, tokens, config)
     row |= dict(seconds=sum(seconds.values()), peak_bytes=report.peak_bytes, phases=seconds)
     if (preset, seqlen) == ("best", 256):
-        row["flops"] = measure_cost(random_model(shape, blocks, seqlen), tokens, config).flops
+        row["flops"] = count_work(random_model(shape, blocks, seqlen), tokens, config)
     return row
 
 
@@ -71,7 +76,7 @@ def estimates():
         reference = load_reference()
         rows.append(held_against("bundled", reference.model, reference.calib[:32], reference.heldout[:32], preset))
         model = random_model("small", 8, 256)
-        tokens = random_tokens(model, 32, 256), random_tokens(model, 32, 256, seed=1)
+        tokens = random_tokens(32, 256), random_tokens(32, 256, seed=1)
         rows.append(held_against("random", model, *tokens, preset))
     return rows
 

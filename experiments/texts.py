@@ -4,10 +4,12 @@ The runs of `make demo` at 2 bits once more (same calibration, steps and measure
 of the first tokens of the first held-out windows.
 """
 
+import copy
+
 import torch
-from aespa_nb import AespaConfig, load_reference
-from aespa_nb.data.text import calibration_windows
-from aespa_nb.experiments.results import compare_presets
+from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
+from aespa_nb.data.text import calibration_tokens
+from aespa_nb.export.folding import snap_model
 from common import RUNS, WINDOWS, stale, stamp, write_record
 
 PRESETS = ("rtn", "gptq", "adaround", "aespa", "best")
@@ -26,12 +28,17 @@ def continuations(model, prompts) -> list[list[int]]:
 
 if __name__ == "__main__" and stale(path := RUNS / "texts.json"):
     model, tokenizer, _, heldout = load_reference()
-    calib = calibration_windows("reference", tokenizer, SAMPLES, heldout.shape[1], 0).tokens
+    calib = calibration_tokens("reference", tokenizer, SAMPLES, heldout.shape[1], 0)
     prompts = heldout[:PROMPTS, :PROMPT_TOKENS]
-    configs = [AespaConfig.preset(p, BITS, seed=0, iterations=ITERATIONS) for p in PRESETS]
     settings, runs = dict(bits=BITS, samples=SAMPLES, windows=WINDOWS, iterations=ITERATIONS), []
-    for row, rounded, _ in compare_presets(model, calib, heldout[:WINDOWS], configs, PRESETS, dtype=torch.float16):
-        runs.append({k: row[k] for k in ("method", "perplexity", "kl")} | dict(tokens=continuations(rounded, prompts)))
-        print(row["method"], f"KL {row['kl']:.4f}", repr(tokenizer.decode(runs[-1]["tokens"][0])), flush=True)
+    for preset in ("full", *PRESETS):
+        rounded = copy.deepcopy(model)
+        if preset != "full":
+            report = quantize_model(rounded, calib, AespaConfig.preset(preset, BITS, seed=0, iterations=ITERATIONS))
+            snap_model(rounded, report, torch.float16)
+        scores = evaluate_model(rounded, heldout[:WINDOWS], model)
+        row = dict(method=preset, perplexity=scores.perplexity, kl=scores.kl)
+        runs.append(row | dict(tokens=continuations(rounded, prompts)))
+        print(preset, f"KL {scores.kl:.4f}", repr(tokenizer.decode(runs[-1]["tokens"][0])), flush=True)
     content = dict(settings=settings, prompts=prompts.tolist(), runs=runs)
     write_record(path, content | dict(made=stamp(settings | dict(presets=list(PRESETS)))))

@@ -1,15 +1,13 @@
-"BRECQ: rounding variables of a block; its limit in a single linear, the Fisher weights, and what is refused."
+"BRECQ: rounding variables of a block; its limit in a single linear, the channels' weights, and what is refused."
 
 import pytest
 import torch
 from blocks import error, nearest, tiny_task, weights
-from models import small
 from torch.testing import assert_close
 
-from aespa_nb.baselines.brecq import BlockRounding, brecq, fisher_importance, fit_grids
-from aespa_nb.errors import AespaError, UnsupportedModelError
-from aespa_nb.model.block_tuning import BlockTask, learn_block
-from aespa_nb.model.blocks import stacks_of
+from aespa_nb.baselines.brecq import BlockRounding, brecq, fit_grids
+from aespa_nb.errors import AespaError
+from aespa_nb.model.block_tuning import learn_block
 from aespa_nb.rounding.adaround import logit_gradient, loss_gradient, rectified_sigmoid
 from aespa_nb.rounding.grid import minmax_grid
 from aespa_nb.rounding.grid_search import fit_grid
@@ -50,36 +48,13 @@ def test_it_starts_at_the_weight_and_ends_beside_it():
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_weights_go_to_a_neighbour_on_grids_that_stay(task, kind, group_size, symmetric):
     t = task(kind, group_size=group_size, symmetric=symmetric, iterations=60)
-    grids, old, records = fit_grids(t), weights(t), brecq(t, fisher=2)
+    grids, old, records = fit_grids(t), weights(t), brecq(t, importance=1 + torch.rand(32))
     assert error(t, records) < 0.8 * min(error(t, nearest(t)), error(t, {n: g.round(old[n]) for n, g in grids.items()}))
     for n, r in records.items():
         grid, W = r.grid, r.weight()
         assert torch.equal(grid.scale, grids[n].scale) and torch.equal(grid.zero, grids[n].zero) and (r.zeta == 1).all()
         within = (old[n] > grid.values(torch.zeros_like(W))) & (old[n] < grid.values(torch.full_like(W, 3)))
         assert ((W - old[n]).abs() < grid.expand(W.shape[1])[0] * 1.0001)[within].all()
-
-
-def test_fisher_weights_are_squared_gradients(task):
-    model, t = small(), task()
-    mine = BlockTask(model, model.model.layers[1], {}, t.stream, t.target, seed=3)
-    generator, total = torch.Generator().manual_seed(3), 0
-    for y in t.target[:2].split(1):
-        y = y.clone().requires_grad_()
-        p = model.lm_head(model.model.norm(y))[0].log_softmax(-1)
-        drawn = torch.multinomial(p.detach().exp(), 1, generator=generator)
-        (g,) = torch.autograd.grad(-p.gather(1, drawn).sum(), y)
-        total = total + g.square().mean((0, 1))
-    assert_close(fisher_importance(mine, 2), total / total.mean(), rtol=1e-4, atol=1e-5)
-    assert all("forward" not in vars(b) for b in model.model.layers)
-
-
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_fisher_weights_of_an_early_block(task, kind):
-    t = task(kind)
-    importance = fisher_importance(t, 2)
-    assert importance.shape == (32,) and (importance > 0).all()
-    assert float(importance.mean()) == pytest.approx(1, rel=1e-4)
-    assert all("forward" not in vars(b) for b in t.model.get_submodule(stacks_of(t.model)[0]))
 
 
 def test_importance_counts_channels(task):
@@ -94,13 +69,3 @@ def test_bad_options_are_refused(task):
     for options in (dict(weight=-1.0), dict(warmup=1.0)):
         with pytest.raises(AespaError, match="weight >= 0 and 0 <= warmup < 1"):
             brecq(task(), **options)
-
-
-def test_fisher_needs_a_block_of_a_language_model(task):
-    t = task()
-    t.block = small().model.layers[0]
-    with pytest.raises(UnsupportedModelError, match="not one of the model's"):
-        fisher_importance(t)
-    t.block, t.model = t.model.model.layers[0], t.model.model
-    with pytest.raises(UnsupportedModelError, match="predicts no tokens"):
-        fisher_importance(t)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
 from aespa_nb.quantize.config import bits_of
-from aespa_nb.quantize.bit_allocation import allocate_bits, auto_bits, bits_by_kind, output_prices, predicted_losses
+from aespa_nb.quantize.bit_allocation import allocate_bits, auto_bits, bits_table, output_prices, predicted_losses
 from aespa_nb.cli import main
 from aespa_nb.model.blocks import linears_of, weight_of
 from aespa_nb.errors import AespaError
@@ -127,7 +127,7 @@ def test_any_family_within_the_budget(family, build):
     assert all(r.grid.bits == config.keep[name] for name, r in quantized.layers.items())
     sizes = {name: weight_of(model, name).numel() for name in config.keep}
     assert sum(sizes[n] * b for n, b in config.keep.items()) <= 3 * sum(sizes.values())
-    assert len(set(config.keep.values())) > 1 and bits_by_kind(config)
+    assert len(set(config.keep.values())) > 1 and len(bits_table(config))
 
 
 def test_kept_patterns_win_and_count(build):

@@ -10,11 +10,10 @@ from aespa_nb.data.text import (
     CORPORA,
     Corpus,
     _read_split,
-    calibration_windows,
+    calibration_tokens,
     consecutive_windows,
-    evaluation_windows,
+    evaluation_tokens,
     load_reference,
-    load_text,
     random_windows,
     read_text,
     shared_text,
@@ -44,7 +43,7 @@ def test_windows_are_runs_of_the_text(length, seqlen, samples, seed):
 def test_splits_of_a_file_do_not_overlap(tmp_path):
     file = tmp_path / "t.txt"
     file.write_text("".join(chr(97 + i % 26) for i in range(1000)))
-    first, last = load_text(str(file)), load_text(str(file), evaluation=True)
+    first, last = read_text(str(file)).text, read_text(str(file), evaluation=True).text
     assert first + last == file.read_text() and len(last) == 100
 
 
@@ -61,10 +60,10 @@ def test_text_that_cannot_be_read(tmp_path):
         "none.parquet": "no text at",
     }.items():
         with pytest.raises(AespaError, match=message) as e:
-            load_text(f"{tmp_path}/{source}")
+            read_text(f"{tmp_path}/{source}")
         assert "\n" not in str(e.value)
     with pytest.raises(AespaError, match="wikitext2"):
-        load_text("wikitext3")
+        read_text("wikitext3")
 
 
 @pytest.fixture
@@ -85,10 +84,10 @@ def hub(monkeypatch):
 
 
 def test_corpora_join_the_right_split_and_column(hub):
-    assert load_text("wikitext2").startswith("train 0\n\ntrain 1\n\n")
-    assert load_text("wikitext2", evaluation=True).startswith("test 0\n\ntest 1\n\n")
-    assert load_text("ptb", evaluation=True).startswith("test 0 test 1 ")
-    c4 = load_text("c4", evaluation=True)
+    assert read_text("wikitext2").text.startswith("train 0\n\ntrain 1\n\n")
+    assert read_text("wikitext2", evaluation=True).text.startswith("test 0\n\ntest 1\n\n")
+    assert read_text("ptb", evaluation=True).text.startswith("test 0 test 1 ")
+    c4 = read_text("c4", evaluation=True).text
     assert c4.startswith("validation 0 validation 1 ") and c4.endswith(" 1099")
     assert hub[0] == ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}) and hub[3][1]["streaming"]
 
@@ -113,7 +112,7 @@ def test_corpora_without_a_network_say_what_to_do(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     for name in [*CORPORA, "org/name"]:
         with pytest.raises(AespaError, match="offline.*check the name and the network"):
-            load_text(name)
+            read_text(name)
 
 
 def test_a_stream_is_read_no_further_than_needed():
@@ -138,11 +137,11 @@ def test_tables_and_folders_on_disk(tmp_path):
     for name, part in {"a": rows, "set/train": rows[:40], "set/test": rows[40:]}.items():
         Dataset.from_list(part).to_parquet(tmp_path / f"{name}.parquet")
     for kind in ("jsonl", "json", "parquet"):
-        first, last = (load_text(f"{tmp_path}/a.{kind}:body", e) for e in (False, True))
+        first, last = (read_text(f"{tmp_path}/a.{kind}:body", e).text for e in (False, True))
         assert first + last == whole and len(first) == len(whole) * 9 // 10
-    assert load_text(f"{tmp_path}/set:test:body") == "\n\n".join(r["body"] for r in rows[40:])
+    assert read_text(f"{tmp_path}/set:test:body").text == "\n\n".join(r["body"] for r in rows[40:])
     with pytest.raises(AespaError, match="has no split dev, but train, test"):
-        load_text(f"{tmp_path}/set:dev:body")
+        read_text(f"{tmp_path}/set:dev:body")
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=50)
@@ -158,14 +157,14 @@ def test_shared_text_is_the_share_of_runs_found(seed, run, letters):
 def test_shared_text_is_said(tmp_path):
     tokenizer = load_reference().tokenizer
     (tmp_path / "same.txt").write_text("A tensor is an array that knows its shape. " * 300)
-    both, file = (calibration_windows, evaluation_windows), str(tmp_path / "same.txt")
+    both, file = (calibration_tokens, evaluation_tokens), str(tmp_path / "same.txt")
     calib, heldout = (f(file, tokenizer, seqlen=64) for f in both)
     assert "100% of the evaluation text" in shared_warning(calib, heldout)
-    assert "last tenth" in str(heldout.origin) and heldout.origin.available > heldout.tokens.numel() - 64
+    assert "last tenth" in str(heldout.origin) and heldout.origin.available > heldout.numel() - 64
     calib, heldout = (f("reference", tokenizer, seqlen=256) for f in both)
     assert shared_warning(calib, heldout) is None
-    same = heldout._replace(origin=calib.origin)
-    assert "the same text" in shared_warning(calib, same)
+    heldout.origin = calib.origin
+    assert "the same text" in shared_warning(calib, heldout)
 
 
 def test_where_zeta_is_free():

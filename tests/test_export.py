@@ -13,9 +13,8 @@ import transformers
 from aespa_nb.cli import main
 from aespa_nb.data.text import load_reference
 from aespa_nb.errors import AespaError
-from aespa_nb.export import folding
 from aespa_nb.export.checkpoint import export_model, read_quantized
-from aespa_nb.export.folding import fold_zeta, snap_model
+from aespa_nb.export.folding import snap_model
 from aespa_nb.export.formats import FORMATS
 from aespa_nb.model.blocks import linears_of, weight_of
 from aespa_nb.quantize.config import AespaConfig
@@ -29,7 +28,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from torch.testing import assert_close
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -217,18 +215,6 @@ def test_zeta_that_cannot_be_folded_is_refused_and_nothing_is_written(words, tmp
     assert not (tmp_path / "out").exists() and same(model.state_dict(), state)
     export_model(model, report, tmp_path / "dense", "dense")  # the way out that the message names
     assert same({n: r.zeta for n, r in read_quantized(tmp_path / "dense").report.layers.items()}, zetas)
-
-
-def test_a_norm_that_stores_its_weight_minus_one(monkeypatch):
-    model = small_model("Gemma")
-    report, source = nearest(model, 3), "post_attention_layernorm"
-    names = ("mlp.gate_proj", "mlp.up_proj")
-    with_zeta(model, report, *(f"model.layers.0.{n}" for n in names))
-    monkeypatch.setattr(folding, "zeta_groups", lambda model: [(source, names)])
-    before = logits(model)
-    fold_zeta(model, report)
-    assert_close(logits(model), before, rtol=0, atol=1e-5)
-    assert all((r.zeta == 1).all() for r in report.layers.values())
 
 
 # --- what is refused, what stays dense ------------------------------------------------------------------------------

@@ -18,9 +18,8 @@ from aespa_nb.model.block_tuning import (
     learn_block,
     norm_weights,
     tune_scales,
-    write_rounded,
 )
-from aespa_nb.model.blocks import linears_of, stacks_of
+from aespa_nb.model.blocks import linears_of, stacks_of, weight_of
 from aespa_nb.model.stream import BlockStream
 from aespa_nb.rounding.grid import minmax_grid
 from aespa_nb.rounding.packing import RoundedWeight
@@ -50,8 +49,13 @@ class Case:
                 W = self.block.get_submodule(n).weight.float()
                 grid = minmax_grid(W, bits, group_size)
                 self.records[n] = RoundedWeight.of(grid.codes(W), grid)
-            write_rounded(self.block, self.records)
+            self.write()
         self.start = self.state()
+
+    @torch.no_grad()
+    def write(self):
+        for n, record in self.records.items():
+            weight_of(self.block, n).copy_(record.weight())
 
     @torch.no_grad()
     def output(self):
@@ -75,7 +79,7 @@ class Case:
         "The records with one of them on a scaled grid, written into the block."
         grid = self.records[name].grid
         self.records[name] = self.records[name].on(replace(grid, scale=grid.scale * factor))
-        write_rounded(self.block, self.records)
+        self.write()
 
 
 @pytest.fixture

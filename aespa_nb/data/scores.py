@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.func import functional_call
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .text import check_tokens
@@ -48,14 +49,15 @@ def evaluate_model(
     reference: PreTrainedModel | None = None,  # the full-precision model
     batch_size: int = 4,
     stride: int | None = None,  # windows overlap: only their last `stride` tokens are new; None: all are
-    progress: bool = False,  # a bar on standard error
+    progress: bool = False,  # a bar on standard error, if that is a terminal
     device: str | torch.device | None = None,  # where to compute, if the models fit there; None: where they are
 ) -> Scores:
     "Perplexity, and KL divergence and top-1 agreement if there is a `reference`, in one pass over `tokens`."
     check_tokens(tokens, model)
     new, total = new_positions(tokens, stride), torch.zeros(3, dtype=torch.float64)
     models = [(m, _copied(m, device)) for m in (model, reference) if m is not None]
-    for batch, kept in _shown(tokens.split(batch_size), new.split(batch_size), progress):
+    batches, hidden = list(zip(tokens.split(batch_size), new.split(batch_size))), None if progress else True
+    for batch, kept in tqdm(batches, "evaluating", leave=False, disable=hidden):
         total += _sums(models, batch, kept)
     nll, kl, agree = (total / torch.tensor([new[:, 1:].sum(), new.sum(), new.sum()])).tolist()
     if not math.isfinite(nll):
@@ -96,15 +98,6 @@ def _logits(model, tensors, batch) -> Tensor:
         return model(batch.to(model.device), use_cache=False).logits
     batch = batch.to(next(iter(tensors.values())).device)
     return functional_call(model, tensors, (batch,), dict(use_cache=False)).logits
-
-# %% ../../nbs/data/31_scores.ipynb #c13bshown
-def _shown(tokens, new, progress):
-    "Pairs of batches, with a bar."
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(zip(tokens, new), "evaluating", len(tokens), console=console, transient=True, disable=not progress)
 
 # %% ../../nbs/data/31_scores.ipynb #d0c6fc19
 def perplexity(

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'Reference', 'load_reference', 'random_windows', 'consecutive_windows', 'Corpus', 'Text', 'read_text',
-           'load_text', 'Origin', 'Windows', 'calibration_windows', 'evaluation_windows', 'calibration_tokens',
-           'evaluation_tokens', 'shared_text', 'shared_warning', 'check_tokens']
+           'Origin', 'calibration_tokens', 'evaluation_tokens', 'shared_text', 'shared_warning', 'check_tokens']
 
 # %% ../../nbs/data/30_text.ipynb #73a28dfc
 import re
@@ -92,11 +91,6 @@ class Corpus(NamedTuple):
     join: str = "\n\n"  # between documents
     documents: tuple[int | None, int | None] = (None, None)  # read at most so many to calibrate, to measure
 
-    @property
-    def place(self) -> str:
-        "Repository and configuration."
-        return "/".join([self.path, *([self.options["name"]] if "name" in self.options else [])])
-
 # %% ../../nbs/data/30_text.ipynb #b4902187
 _C4 = "en/c4-{}.00000-of-{}.json.gz"  # the first file of a split
 _C4_FILES = {"train": _C4.format("train", "01024"), "validation": _C4.format("validation", "00008")}
@@ -141,14 +135,6 @@ def read_text(
     if path.is_file():
         return _read_file(path, *rest, evaluation=evaluation)
     return _read_split(_corpus(place, *rest), evaluation)
-
-# %% ../../nbs/data/30_text.ipynb #40b869a2
-def load_text(
-    source: str,  # as for `read_text`
-    evaluation: bool = False,
-) -> str:
-    "The text that `read_text` finds, alone."
-    return read_text(source, evaluation).text
 
 # %% ../../nbs/data/30_text.ipynb #c13file0
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -195,7 +181,8 @@ def _corpus(place: str, split: str = "", column: str = "text") -> Corpus:
 # %% ../../nbs/data/30_text.ipynb #aa712080
 def _read_split(corpus: Corpus, evaluation: bool = False, name: str = "") -> Text:
     "The documents of the first wanted split that exists, joined."
-    name, wanted = name or corpus.place, corpus.evaluation if evaluation else corpus.calibration
+    name = name or "/".join(filter(None, (corpus.path, corpus.options.get("name"))))  # repository and configuration
+    wanted = corpus.evaluation if evaluation else corpus.calibration
     splits = _fetch(name, lambda: _load_dataset(corpus))
     split = next((s for s in wanted if s in splits), None)
     if split is None:
@@ -242,39 +229,34 @@ class Origin(NamedTuple):
         where = f" ({self.place})" if self.place not in self.source else ""
         return f"{size}, from {self.source}{where}, {self.split}"
 
-
-class Windows(NamedTuple):
-    "Tokens that a model can take, and where they are from."
-
-    tokens: Int[Tensor, "seq tok"]
-    origin: Origin
-
 # %% ../../nbs/data/30_text.ipynb #c13cwin0
-def calibration_windows(
+def calibration_tokens(
     source: str,  # spelled as in the table above
     tokenizer: PreTrainedTokenizerBase,
     samples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,
-) -> Windows:
-    "Seeded random windows of the calibration split."
+) -> Int[Tensor, "seq tok"]:
+    "Seeded random windows of the calibration split; as `origin` the tensor says where they are from."
     ids, place, split = _ids(source, tokenizer, evaluation=False)
     tokens = random_windows(ids, samples, seqlen, seed)
-    return Windows(tokens, Origin(source, place, split, len(ids), samples, seqlen, f"random windows, seed {seed}"))
+    tokens.origin = Origin(source, place, split, len(ids), samples, seqlen, f"random windows, seed {seed}")
+    return tokens
 
 # %% ../../nbs/data/30_text.ipynb #c13ewin0
-def evaluation_windows(
+def evaluation_tokens(
     source: str,  # spelled as in the table above
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int = 2048,
     samples: int | None = None,  # only the first windows; None: all
     stride: int | None = None,  # from window to window; None: `seqlen`, so that they do not overlap
-) -> Windows:
-    "Consecutive windows of the evaluation split."
+) -> Int[Tensor, "seq tok"]:
+    "Consecutive windows of the evaluation split; as `origin` the tensor says where they are from."
     ids, place, split = _ids(source, tokenizer, evaluation=True)
     tokens = consecutive_windows(ids, seqlen, stride)[:samples]
     order = "without overlap" if stride in (None, seqlen) else f"a window every {stride}"
-    return Windows(tokens, Origin(source, place, split, len(ids), len(tokens), seqlen, order))
+    tokens.origin = Origin(source, place, split, len(ids), len(tokens), seqlen, order)
+    return tokens
 
 # %% ../../nbs/data/30_text.ipynb #c13ids00
 def _ids(source: str, tokenizer: PreTrainedTokenizerBase, evaluation: bool):
@@ -285,28 +267,6 @@ def _ids(source: str, tokenizer: PreTrainedTokenizerBase, evaluation: bool):
         return tokens.flatten(), "bundled with aespa_nb", split
     text, place, split = read_text(source, evaluation)
     return _encode(text, tokenizer), place, split
-
-# %% ../../nbs/data/30_text.ipynb #3807408c
-def calibration_tokens(
-    source: str,  # spelled as in the table above
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int = 128,
-    seqlen: int = 2048,
-    seed: int = 0,
-) -> Int[Tensor, "seq tok"]:
-    "The tokens of `calibration_windows`."
-    return calibration_windows(source, tokenizer, samples, seqlen, seed).tokens
-
-# %% ../../nbs/data/30_text.ipynb #aeb410e3
-def evaluation_tokens(
-    source: str,  # spelled as in the table above
-    tokenizer: PreTrainedTokenizerBase,
-    seqlen: int = 2048,
-    samples: int | None = None,  # only the first windows; None: all
-    stride: int | None = None,  # from window to window; None: `seqlen`
-) -> Int[Tensor, "seq tok"]:
-    "The tokens of `evaluation_windows`."
-    return evaluation_windows(source, tokenizer, seqlen, samples, stride).tokens
 
 # %% ../../nbs/data/30_text.ipynb #dea4a31f
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " tok"]:
@@ -330,13 +290,13 @@ def shared_text(
 
 # %% ../../nbs/data/30_text.ipynb #c13warn0
 def shared_warning(
-    calib: Windows,
-    heldout: Windows,
+    calib: Int[Tensor, "seq tok"],  # from `calibration_tokens`
+    heldout: Int[Tensor, "seq2 tok2"],  # from `evaluation_tokens`
     limit: float = 0.01,  # share of the held-out runs of 32 tokens from which on we warn
 ) -> str | None:
     "One line if both are from one split of one place or share text, else None."
     a, b = calib.origin, heldout.origin
-    share = shared_text(calib.tokens, heldout.tokens)
+    share = shared_text(calib, heldout)
     if (a.place, a.split) == (b.place, b.split):
         return f"calibration and evaluation are the same text ({a.place}, {a.split}): name another for evaluation"
     if share > limit:

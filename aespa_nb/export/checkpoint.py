@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,6 @@ from typing import NamedTuple
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -117,11 +115,9 @@ Each layer's loss, divided by that of round-to-nearest.
 """)
 
 # %% ../../nbs/export/73_checkpoint.ipynb #15a7bc2a
-def _shards(folder: Path) -> Iterator:
-    "The open files with the model's tensors."
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, "pt") as file:
-            yield file
+def _stored(folder: Path) -> dict[str, Tensor]:
+    "The tensors in the model's files."
+    return {name: t for path in folder.glob("model*.safetensors") for name, t in load_file(path).items()}
 
 # %% ../../nbs/export/73_checkpoint.ipynb #c8142637
 def _tensors(layers: dict[str, RoundedLayer], form: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -164,9 +160,8 @@ def write_checkpoint(
     done = Exported(form, dtype, sizes, sum(math.prod(r.shape) for r in layers.values()), list(dense), change)
 
     model.save_pretrained(folder, state_dict=rest | packed)
-    stored = {name for file in _shards(folder) for name in file.keys()}
     expected = packed.keys() | {name for name, t in rest.items() if t.ndim == 3}  # stacks of experts
-    if form != "dense" and (other := sorted(expected - stored)):
+    if form != "dense" and (other := sorted(expected - _stored(folder).keys())):
         raise AespaError(f"transformers gives {other[0]} another name in its files: export as dense")
     saved = json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     saved |= {"quantization_config": config} if config else {}
@@ -226,7 +221,7 @@ def _read(folder: Path) -> Quantized:
     recipe = AespaConfig(**{k: v for k, v in saved["config"].items() if k in known})
     report = QuantReport(recipe, seconds=saved["seconds"], peak_bytes=saved["peak_bytes"])
     form, bits, dtype = saved["export"]["format"], saved["export"]["bits"], config.dtype
-    state = {name: file.get_tensor(name) for file in _shards(folder) for name in file.keys()}
+    state = _stored(folder)
     stored = load_file(folder / "quantization.safetensors") if form == "dense" else state
     for name, *costs in ((row[k] for k in ("layer", "loss_rtn", "loss", "seconds")) for row in saved["layers"]):
         if name in bits:

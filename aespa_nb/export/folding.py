@@ -6,11 +6,10 @@
 __all__ = ['snap_model', 'fold_zeta']
 
 # %% ../../nbs/export/71_folding.ipynb #a0expdin
-import copy
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AespaError
@@ -41,24 +40,6 @@ def snap_model(
     report.layers.update(snapped)
     return change
 
-# %% ../../nbs/export/71_folding.ipynb #a80cad9b
-@torch.no_grad()
-def _norm_with(norm: nn.Module, zeta: Tensor) -> nn.Module | None:
-    "A copy of `norm` whose output is `zeta` times as large; None if its weight cannot do that."
-
-    def scaled(norm, stored):
-        norm, z = copy.deepcopy(norm), zeta.to(norm.weight)
-        norm.weight.copy_((norm.weight + stored) * z - stored)
-        if getattr(norm, "bias", None) is not None:
-            norm.bias.mul_(z)
-        return norm
-
-    exact, x = copy.deepcopy(norm).float().cpu(), torch.randn(8, len(zeta), generator=torch.Generator().manual_seed(0))
-    for stored in (0.0, 1.0):
-        if torch.allclose(scaled(exact, stored)(x), exact(x) * zeta.float(), rtol=1e-4, atol=1e-5):
-            return scaled(norm, stored)
-    return None
-
 # %% ../../nbs/export/71_folding.ipynb #0a8bf90a
 def _zeta_plan(model: PreTrainedModel, report: QuantReport) -> list[tuple[str, list[str], Tensor]]:
     "(source, layers that read its output, their zeta) for each zeta but 1. Raises `AespaError` if one has no place."
@@ -78,26 +59,16 @@ def _zeta_plan(model: PreTrainedModel, report: QuantReport) -> list[tuple[str, l
 @torch.no_grad()
 def fold_zeta(model: PreTrainedModel, report: QuantReport) -> None:
     "Moves every zeta into the layer before, in place. Where that is impossible: raises `AespaError`, changes nothing."
-    plan, norms, layers = _zeta_plan(model, report), {}, report.layers
-    for source, _, zeta in plan:
+    layers, changed = report.layers, {}
+    for source, names, zeta in _zeta_plan(model, report):
         module = model.get_submodule(source)
-        if not isinstance(module, nn.Linear):
-            norms[source] = _norm_with(module, zeta)
-            if norms[source] is None:
-                raise AespaError(f"{source} cannot absorb a zeta: round with zfold=False, or export as dense")
-    changed = {}
-    for source, names, zeta in plan:
-        module = model.get_submodule(source)
-        if source in norms:
-            module.load_state_dict(norms[source].state_dict())
+        if r := layers.get(source):
+            scale = r.grid.scale * zeta.to(r.grid.scale)[:, None]
+            changed[source] = layers[source] = r.on(replace(r.grid, scale=scale))
         else:
-            if module.bias is not None:
-                module.bias.mul_(zeta.to(module.bias))
-            if r := layers.get(source):
-                scale = r.grid.scale * zeta.to(r.grid.scale)[:, None]
-                changed[source] = layers[source] = r.on(replace(r.grid, scale=scale))
-            else:
-                module.weight.mul_(zeta.to(module.weight)[:, None])
+            module.weight.t().mul_(zeta.to(module.weight))  # a norm's entries, a linear's rows
+        if getattr(module, "bias", None) is not None:
+            module.bias.mul_(zeta.to(module.bias))
         for name in names:
             r = layers[name]
             changed[name] = layers[name] = r.on(r.grid, torch.ones_like(r.zeta))

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 from transformers.utils import logging
 
-from ..attention.forward import attention_output, attention_probabilities, causal_mask, repeat_kv
+from ..attention.forward import attention_output, causal_mask, repeat_kv
 
 # %% ../../nbs/model/44_capture.ipynb #c12prob
 @dataclass(frozen=True)
@@ -43,8 +43,6 @@ class Probabilities:
         shared = torch.arange(self.Q.shape[1])[heads] // (self.Q.shape[1] // self.K.shape[1])
         Q, K = self.Q[batch][..., heads, :, :][..., queries], self.K[batch][..., shared, :, :]
         mask = None if self.mask is None else self.mask.expand(self.shape)[batch][..., heads, :, :][..., queries, :]
-        if self.softcap is None and self.sinks is None:
-            return attention_probabilities(Q, K, self.scaling, mask)
         S = Q.transpose(-1, -2) @ K * (Q.shape[-2] ** -0.5 if self.scaling is None else self.scaling)
         S = S if self.softcap is None else self.softcap * (S / self.softcap).tanh()
         S = S if mask is None else S + mask

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Resident', 'resident', 'sampled', 'in_file', 'drop_pages', 'give_back', 'in_new_file', 'to_file', 'trim_memory',
-           'working_on', 'Need', 'block_need', 'explaining_memory']
+           'working_on']
 
 # %% ../../nbs/model/41_memory.ipynb #a0expmor
 import contextlib
@@ -25,11 +25,8 @@ import psutil
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ..attention.gauss_newton import out_of_memory
 from ..errors import AespaError
-from .blocks import stacks_of
 
 # %% ../../nbs/model/41_memory.ipynb #849d37a6
 class Resident(NamedTuple):
@@ -147,55 +144,3 @@ def working_on(block: nn.Module, device: torch.device | str, dtype: torch.dtype)
         for t, (home, kind, mapped) in zip(tensors, homes):
             t.data = to_file(t.data.to(home, kind)) if mapped else t.data.to(home, kind)
         trim_memory()
-
-# %% ../../nbs/model/41_memory.ipynb #c12bneed
-class Need(NamedTuple):
-    "Bytes that the work on one block takes, worked out from shapes."
-
-    weights: int  # three copies of the block
-    statistics: int
-    temporaries: int  # of one batch
-
-
-def block_need(
-    model: PreTrainedModel,
-    seqlen: int,  # tokens in a sequence
-    objective: str = "gauss-newton",  # "layer" needs fewer statistics
-    batch_size: int = 1,  # sequences that run together
-    dtype: torch.dtype = torch.float32,
-) -> Need:
-    "What the largest block of the first stack needs where it is worked on; `aespa_nb plan` measures it."
-    blocks = model.get_submodule(stacks_of(model)[0])
-    block = max(blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
-    shapes = {(name.rpartition(".")[0], p.shape[-1]) for name, p in block.named_parameters() if p.ndim == 2}
-    config, widths = model.config.get_text_config(), [inp for _, inp in shapes]
-    heads = getattr(config, "num_attention_heads", None) or 1
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    per_head = dict(layer=0, attention=1).get(objective, 2) * kv * config.hidden_size**2
-    numbers = 3 * sum(p.numel() for p in block.parameters()), sum(n * n for n in widths) + per_head
-    return Need(*(n * dtype.itemsize for n in (*numbers, batch_size * seqlen * (seqlen * heads + 4 * max(widths)))))
-
-# %% ../../nbs/model/41_memory.ipynb #c12bexpl
-@contextlib.contextmanager
-def explaining_memory(
-    model: PreTrainedModel,
-    seqlen: int,  # tokens in a sequence
-    device: torch.device | str,  # where blocks are worked on
-    objective: str = "gauss-newton",
-    batch_size: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[None]:
-    "Turns a failed allocation into an `AespaError` that says what a block needs and what to change."
-    try:
-        yield
-    except (RuntimeError, MemoryError, AespaError) as e:
-        if not out_of_memory(e):
-            raise
-        need, device = block_need(model, seqlen, objective, batch_size, dtype), torch.device(device)
-        all_, weights, statistics, batch = (f"{n / 2**30:.2g} GiB" for n in (sum(need), *need))
-        ways = ["batch_size=1"] if batch_size > 1 else []
-        ways += ["--device cpu"] if device.type != "cpu" else ["a machine with more memory"]
-        ways += [f"a --seqlen below {seqlen}", *([] if objective == "layer" else ["--preset gptq"])]
-        parts = f"{weights} of weights, {statistics} of statistics, {batch} in a batch"
-        advice = f"{', '.join(ways[:-1])} or {ways[-1]}; fewer samples do not help"
-        raise AespaError(f"out of memory on {device}: a block takes about {all_} ({parts}): use {advice}") from e

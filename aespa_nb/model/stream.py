@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from accelerate.utils import recursively_apply
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -88,14 +89,8 @@ def _same(a, b) -> bool:
 
 
 def _to(value, device, dtype):
-    "`value` on `device`, floating tensors in `dtype`; tuples and dictionaries are followed."
-    if isinstance(value, tuple):
-        return tuple(_to(v, device, dtype) for v in value)
-    if isinstance(value, dict):
-        return {k: _to(v, device, dtype) for k, v in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    "`value` on `device`, floating tensors in `dtype`; tuples, lists and dictionaries are followed."
+    return recursively_apply(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), value)
 
 
 def as_inputs(tokens) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNFINISHED', 'FINISHED', 'write_file', 'flush_folder', 'write_json', 'add_digest', 'fingerprint', 'differences',
-           'check_same_run', 'Journal', 'locked', 'versions', 'open_journal', 'unfinished_settings', 'check_free',
+           'check_same_run', 'Journal', 'locked', 'machine', 'open_journal', 'unfinished_settings', 'check_free',
            'complete_folder']
 
 # %% ../../nbs/quantize/64_journal.ipynb #c13f04
@@ -154,10 +154,11 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def versions() -> dict[str, str]:
-    "Of what computes."
+def machine() -> dict:
+    "What computes: versions, processor, threads, GPU."
     of = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-    return dict(python=platform.python_version(), **of, threads=str(torch.get_num_threads()))
+    gpu, threads = torch.cuda.get_device_name() if torch.cuda.is_available() else None, torch.get_num_threads()
+    return dict(python=platform.python_version(), **of, processor=platform.machine(), threads=threads, gpu=gpu)
 
 
 @contextlib.contextmanager
@@ -168,7 +169,7 @@ def open_journal(
     "The journal of this run, begun or continued. Raises `AespaError` if it is in use or another run's."
     folder = Path(folder).expanduser()
     with locked(folder):
-        journal, path, made_by = Journal(folder, header), folder / "run.json", versions()
+        journal, path, made_by = Journal(folder, header), folder / "run.json", machine()
         before = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             stored = json.loads(path.read_bytes())

@@ -7,13 +7,13 @@ __all__ = ['progress_bar', 'peak_memory', 'QuantReport', 'config_fields']
 
 # %% ../../nbs/quantize/62_report.ipynb #a0export
 import contextlib
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from ..model.memory import sampled
 from .config import AespaConfig
@@ -23,13 +23,8 @@ from .layer import RoundedLayer
 @contextlib.contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
     "A bar over `total` layers; yields the function that announces the next layer by its name."
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:32s}"), BarColumn(), TextColumn("{task.completed}/{task.total} layers"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), disable=not shown) as bar:
-        task, done = bar.add_task("statistics", total=total), itertools.count()
-        yield lambda name: bar.update(task, description=name, completed=next(done))
-        bar.update(task, description="done", completed=total)
+    with tqdm(desc="statistics", total=total, unit="layer", disable=None if shown else True) as bar:  # in a terminal
+        yield lambda name: (bar.set_description(name, refresh=False), bar.update())
 
 # %% ../../nbs/quantize/62_report.ipynb #9f75f99b
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from ..data.text import check_tokens
 from ..errors import AespaError, NumericalError
 from ..model.blocks import linears_of, stacks_of, weight_of, zeta_groups
 from ..model.capture import capturing
-from ..model.memory import explaining_memory, give_back, working_on
+from ..model.memory import give_back, working_on
 from ..model.stream import BlockStream, as_inputs
 from ..model.team import ALONE, Team
 from .block import BlockRun
@@ -190,9 +190,6 @@ class Run:
         if team.first(lambda: heads) != heads:
             raise AespaError(f"process {team.rank} has other weights than the first: give all of them the same files")
         with contextlib.ExitStack() as stack:
-            seqlen = next(iter(self.inputs.values())).shape[1]
-            options = config.objective, config.batch_size, config.dtype
-            stack.enter_context(explaining_memory(model, seqlen, self.device, *options))
             if self.folder is not None:
                 header = run_header(model, self.inputs, config)
                 self.journal = stack.enter_context(open_journal(self.folder, header))
