@@ -10,7 +10,7 @@ _HOME = {
     "quantize.report": ["QuantReport"],
     "quantize.layer": ["RoundedLayer", "round_layer"],
     "quantize.bit_allocation": ["auto_bits"],
-    "data.text": ["calibration_tokens", "evaluation_tokens", "load_reference"],
+    "data.text": ["calibration_windows", "evaluation_windows", "load_reference"],
     "data.scores": ["evaluate_model", "kl_divergence", "perplexity"],
     "export.checkpoint": ["export_model", "read_quantized"],
     "export.loading": ["load_model"],

@@ -8,7 +8,7 @@ import copy
 
 import torch
 from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
-from aespa_nb.data.text import calibration_tokens
+from aespa_nb.data.text import calibration_windows
 from aespa_nb.export.folding import snap_model
 from common import RUNS, WINDOWS, stale, stamp, write_record
 
@@ -28,7 +28,7 @@ def continuations(model, prompts) -> list[list[int]]:
 
 if __name__ == "__main__" and stale(path := RUNS / "texts.json"):
     model, tokenizer, _, heldout = load_reference()
-    calib = calibration_tokens("reference", tokenizer, SAMPLES, heldout.shape[1], 0)
+    calib = calibration_windows("reference", tokenizer, SAMPLES, heldout.shape[1], 0).tokens
     prompts = heldout[:PROMPTS, :PROMPT_TOKENS]
     settings, runs = dict(bits=BITS, samples=SAMPLES, windows=WINDOWS, iterations=ITERATIONS), []
     for preset in ("full", *PRESETS):

@@ -10,9 +10,9 @@ from aespa_nb.data.text import (
     CORPORA,
     Corpus,
     _read_split,
-    calibration_tokens,
+    calibration_windows,
     consecutive_windows,
-    evaluation_tokens,
+    evaluation_windows,
     load_reference,
     random_windows,
     read_text,
@@ -157,10 +157,10 @@ def test_shared_text_is_the_share_of_runs_found(seed, run, letters):
 def test_shared_text_is_said(tmp_path):
     tokenizer = load_reference().tokenizer
     (tmp_path / "same.txt").write_text("A tensor is an array that knows its shape. " * 300)
-    both, file = (calibration_tokens, evaluation_tokens), str(tmp_path / "same.txt")
+    both, file = (calibration_windows, evaluation_windows), str(tmp_path / "same.txt")
     calib, heldout = (f(file, tokenizer, seqlen=64) for f in both)
     assert "100% of the evaluation text" in shared_warning(calib, heldout)
-    assert "last tenth" in str(heldout.origin) and heldout.origin.available > heldout.numel() - 64
+    assert "last tenth" in str(heldout.origin) and heldout.origin.available > heldout.tokens.numel() - 64
     calib, heldout = (f("reference", tokenizer, seqlen=256) for f in both)
     assert shared_warning(calib, heldout) is None
     heldout.origin = calib.origin

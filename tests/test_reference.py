@@ -7,7 +7,8 @@ from pathlib import Path
 import aespa_nb
 import pytest
 import torch
-from aespa_nb import AespaConfig, calibration_tokens, evaluate_model, evaluation_tokens, load_reference, quantize_model
+from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
+from aespa_nb.data.text import calibration_windows, evaluation_windows
 
 FOLDER = Path(aespa_nb.__file__).parent / "reference"
 
@@ -44,9 +45,9 @@ def test_perplexity_is_the_cards(reference):
 
 
 def test_tokens_by_name(reference):
-    a, b = (calibration_tokens("reference", reference.tokenizer, 4, 128, seed=s) for s in (0, 1))
+    a, b = (calibration_windows("reference", reference.tokenizer, 4, 128, seed=s).tokens for s in (0, 1))
     assert a.shape == b.shape == (4, 128) and not torch.equal(a, b)
-    assert torch.equal(evaluation_tokens("reference", reference.tokenizer, 256, 3), reference.heldout[:3])
+    assert torch.equal(evaluation_windows("reference", reference.tokenizer, 256, 3).tokens, reference.heldout[:3])
 
 
 def test_methods_rank_as_the_book_says(reference):

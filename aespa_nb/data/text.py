@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'Reference', 'load_reference', 'random_windows', 'consecutive_windows', 'Corpus', 'Text', 'read_text',
-           'Origin', 'calibration_tokens', 'evaluation_tokens', 'shared_text', 'shared_warning', 'check_tokens']
+           'Origin', 'Windows', 'begins_with_bos', 'calibration_windows', 'evaluation_windows', 'shared_text',
+           'shared_warning', 'check_tokens']
 
 # %% ../../nbs/data/30_text.ipynb #73a28dfc
 import re
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .fetch import need_fetched
 from ..errors import AespaError
 
 # %% ../../nbs/data/30_text.ipynb #ad3f9be1
@@ -128,6 +130,11 @@ def read_text(
     "The text of one split and where it is from. Raises `AespaError` with what to do if it cannot be had."
     if source in CORPORA:
         return _read_split(CORPORA[source], evaluation)
+    if source == "handbook":
+        split = "heldout" if evaluation else "calibration"
+        text = (need_fetched(source) / f"{split}.txt").read_text(encoding="utf-8")
+        chapters = "chapters 5, 10, 15" if evaluation else "other chapters"
+        return Text(text, "The Debian Administrator's Handbook", chapters)
     place, *rest = [source] if Path(source).expanduser().exists() else source.split(":")
     path = Path(place).expanduser()
     if len(rest) > (int(path.suffix in _TABLES) if path.is_file() else 2):
@@ -229,52 +236,70 @@ class Origin(NamedTuple):
         where = f" ({self.place})" if self.place not in self.source else ""
         return f"{size}, from {self.source}{where}, {self.split}"
 
+
+class Windows(NamedTuple):
+    "Tokens that a model can take, and where they are from."
+
+    tokens: Int[Tensor, "seq tok"]
+    origin: Origin
+
+# %% ../../nbs/data/30_text.ipynb #30bos002
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    "Whether the tokenizer puts BOS before a text."
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+# %% ../../nbs/data/30_text.ipynb #30bos003
+def _run_of_tokens(source: str, tokenizer: PreTrainedTokenizerBase, evaluation: bool, bos: bool | None):
+    "One long run of tokens, what precedes each window (a token, or none), its place and split."
+    if source == "reference":
+        bundled = load_reference()
+        tokens, split = (bundled.heldout, "held-out documents") if evaluation else (bundled.calib, "training text")
+        return tokens.flatten(), [], "bundled with aespa_nb", split
+    text, place, split = read_text(source, evaluation)
+    try:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # a long text is expected
+        bos = begins_with_bos(tokenizer) if bos is None else bos
+    except Exception as e:  # a damaged tokenizer fails in many ways
+        raise AespaError(f"the tokenizer cannot take the text ({type(e).__name__}: {e}): is it the model's own?") from e
+    if bos and tokenizer.bos_token_id is None:
+        raise AespaError("the tokenizer has no BOS token to begin windows with: leave out bos=True (--bos)")
+    return torch.tensor(ids, dtype=torch.long), [tokenizer.bos_token_id] if bos else [], place, split
+
+
+def _begin(tokens, begin: list[int]):
+    "The windows behind the tokens that begin each."
+    return torch.cat([torch.tensor(begin, dtype=tokens.dtype).expand(len(tokens), -1), tokens], 1) if begin else tokens
+
 # %% ../../nbs/data/30_text.ipynb #c13cwin0
-def calibration_tokens(
+def calibration_windows(
     source: str,  # spelled as in the table above
     tokenizer: PreTrainedTokenizerBase,
     samples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,
-) -> Int[Tensor, "seq tok"]:
-    "Seeded random windows of the calibration split; as `origin` the tensor says where they are from."
-    ids, place, split = _ids(source, tokenizer, evaluation=False)
-    tokens = random_windows(ids, samples, seqlen, seed)
-    tokens.origin = Origin(source, place, split, len(ids), samples, seqlen, f"random windows, seed {seed}")
-    return tokens
+    bos: bool | None = None,  # begin each window with BOS; None: where the tokenizer begins a text with it
+) -> Windows:
+    "Seeded random windows of the calibration split; those of `reference` are taken as they are."
+    ids, begin, place, split = _run_of_tokens(source, tokenizer, False, bos)
+    tokens = _begin(random_windows(ids, samples, seqlen - len(begin), seed), begin)
+    order = f"random windows{' behind BOS' if begin else ''}, seed {seed}"
+    return Windows(tokens, Origin(source, place, split, len(ids), samples, seqlen, order))
 
 # %% ../../nbs/data/30_text.ipynb #c13ewin0
-def evaluation_tokens(
+def evaluation_windows(
     source: str,  # spelled as in the table above
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int = 2048,
     samples: int | None = None,  # only the first windows; None: all
-    stride: int | None = None,  # from window to window; None: `seqlen`, so that they do not overlap
-) -> Int[Tensor, "seq tok"]:
-    "Consecutive windows of the evaluation split; as `origin` the tensor says where they are from."
-    ids, place, split = _ids(source, tokenizer, evaluation=True)
-    tokens = consecutive_windows(ids, seqlen, stride)[:samples]
-    order = "without overlap" if stride in (None, seqlen) else f"a window every {stride}"
-    tokens.origin = Origin(source, place, split, len(ids), len(tokens), seqlen, order)
-    return tokens
-
-# %% ../../nbs/data/30_text.ipynb #c13ids00
-def _ids(source: str, tokenizer: PreTrainedTokenizerBase, evaluation: bool):
-    "One long run of tokens, its place and split."
-    if source == "reference":
-        bundled = load_reference()
-        tokens, split = (bundled.heldout, "held-out documents") if evaluation else (bundled.calib, "training text")
-        return tokens.flatten(), "bundled with aespa_nb", split
-    text, place, split = read_text(source, evaluation)
-    return _encode(text, tokenizer), place, split
-
-# %% ../../nbs/data/30_text.ipynb #dea4a31f
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " tok"]:
-    "One long run of tokens; long texts are expected, so the tokenizer's length warning is silenced."
-    try:
-        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    except Exception as e:  # a damaged tokenizer fails in many ways
-        raise AespaError(f"the tokenizer cannot take the text ({type(e).__name__}: {e}): is it the model's own?") from e
+    stride: int | None = None,  # new tokens from window to window; None: all, so that they do not overlap
+    bos: bool | None = None,  # begin each window with BOS; None: where the tokenizer begins a text with it
+) -> Windows:
+    "Consecutive windows of the evaluation split; those of `reference` are taken as they are."
+    ids, begin, place, split = _run_of_tokens(source, tokenizer, True, bos)
+    stride = None if stride == seqlen else stride
+    tokens = _begin(consecutive_windows(ids, seqlen - len(begin), stride)[:samples], begin)
+    order = f"{'behind BOS, ' if begin else ''}{'without overlap' if stride is None else f'a window every {stride}'}"
+    return Windows(tokens, Origin(source, place, split, len(ids), len(tokens), seqlen, order))
 
 # %% ../../nbs/data/30_text.ipynb #c13fast0
 def shared_text(
@@ -290,13 +315,13 @@ def shared_text(
 
 # %% ../../nbs/data/30_text.ipynb #c13warn0
 def shared_warning(
-    calib: Int[Tensor, "seq tok"],  # from `calibration_tokens`
-    heldout: Int[Tensor, "seq2 tok2"],  # from `evaluation_tokens`
+    calib: Windows,
+    heldout: Windows,
     limit: float = 0.01,  # share of the held-out runs of 32 tokens from which on we warn
 ) -> str | None:
     "One line if both are from one split of one place or share text, else None."
     a, b = calib.origin, heldout.origin
-    share = shared_text(calib, heldout)
+    share = shared_text(calib.tokens, heldout.tokens)
     if (a.place, a.split) == (b.place, b.split):
         return f"calibration and evaluation are the same text ({a.place}, {a.split}): name another for evaluation"
     if share > limit:
@@ -310,7 +335,7 @@ def check_tokens(
 ) -> None:
     "Raises `AespaError` unless `tokens` are whole numbers `[seq tok]` within the vocabulary and the model's length."
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape:
-        raise AespaError("tokens must be a tensor [seq tok] with at least one sequence; see calibration_tokens")
+        raise AespaError("tokens must be a tensor [seq tok] with at least one sequence; see calibration_windows")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise AespaError(f"tokens must be int64 token ids, not {tokens.dtype}")
     vocabulary = model.config.vocab_size
