@@ -1,17 +1,12 @@
 """A slice of experiments/torture.py: damaged models end in a model no worse than round-to-nearest, or in one line."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import torture
 from aespa_nb import AespaConfig, AespaError, NumericalError, quantize_model
 from aespa_nb.attention.kronecker_losses import KroneckerLoss
 from aespa_nb.quantize.layer import RoundedLayer, round_layer_safely
 from aespa_nb.rounding.grid import minmax_grid
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import torture  # noqa: E402
 
 ROUNDED = [
     ("llama", "dead channels: all norm weights 0", "best"),

@@ -10,16 +10,13 @@ import shutil
 import string
 import subprocess
 import sys
-from pathlib import Path
 
+import hostile
 import pytest
 from aespa_nb.model.checkpoint import load_checkpoint as load_model
 from aespa_nb.errors import AespaError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import hostile  # noqa: E402
 
 MORE = int(os.environ.get("AESPA_NB_HOSTILE", "1"))
 SLOW = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

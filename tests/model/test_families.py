@@ -1,8 +1,8 @@
 """Models of every family in experiments/families.py, one that is written here, and random ones."""
 
 import sys
-from pathlib import Path
 
+import families
 import pytest
 import torch
 from aespa_nb import AespaConfig, quantize_model
@@ -17,9 +17,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrain
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import families
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 

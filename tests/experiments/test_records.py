@@ -1,15 +1,10 @@
 """Which records of nbs/runs are stale, by name; and each has a command that makes it."""
 
 import fnmatch
-import sys
-from pathlib import Path
 
+import common
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-import common  # noqa: E402
-import records  # noqa: E402
+import records
 
 # Made before there were stamps: what is measured again leaves this list, nothing comes onto it.
 STAMPED = ("compare", "scale", "loading")  # beginnings of names
@@ -30,7 +25,7 @@ def test_the_list_shrinks():
 def test_every_record_has_an_owner():
     assert {records.owner(p.relative_to(common.RUNS).as_posix()) for p in common.RUNS.iterdir()} == set(records.OWNERS)
     scripts = [w[0] for commands in records.OWNERS.values() for w in commands if w[0].endswith(".py")]
-    assert all((ROOT / script).exists() for script in scripts)
+    assert all((common.ROOT / script).exists() for script in scripts)
 
 
 def test_only_what_is_stale_is_measured_again(tmp_path, monkeypatch, capsys):

@@ -2,13 +2,9 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
+import faults
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import faults  # noqa: E402
 
 
 @pytest.fixture
