@@ -10,13 +10,13 @@ from aespa_nb.experiments.comparison import claim_folder, comparison_table, plan
 from aespa_nb.quantize.journal import fingerprint
 from aespa_nb.errors import AespaError
 
-WORDS = "compare reference --samples 2 --eval-samples 2 --quiet --keep mlp=16 --presets rtn gptq".split()
+WORDS = "--samples 2 --eval-samples 2 --quiet --keep mlp=16 --presets rtn gptq".split()
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_block):
     out = tmp_path_factory.mktemp("compare") / "out"
-    words = [*WORDS, "--bits", "2", "--group-sizes", "0", "64", "--seeds", "0", "1", "--out", str(out)]
+    words = ["compare", one_block, *WORDS, *"--bits 2 --group-sizes 0 64 --seeds 0 1 --out".split(), str(out)]
     assert main(words) == 0
     return out, words
 
@@ -40,7 +40,7 @@ def test_every_run_leaves_a_record_and_the_page_shows_the_means(finished):
     mine = [r for r in records if (r["preset"], r["bits"], r["group_size"]) == ("gptq", 2, 64)]
     assert rows["gptq, g64", 2]["kl"] == pytest.approx(sum(r["kl"] for r in mine) / 2)
     assert rows["gptq, g64", 2]["kl_spread"] == pytest.approx(abs(mine[0]["kl"] - mine[1]["kl"]) / 2)
-    assert rows["gptq, g64", 2]["kl"] < rows["gptq", 2]["kl"] < rows["rtn", 2]["kl"]
+    assert rows["gptq, g64", 2]["kl"] < rows["rtn, g64", 2]["kl"] < rows["rtn", 2]["kl"]
 
 
 def test_a_second_call_runs_only_what_is_missing(copied):

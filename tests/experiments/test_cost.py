@@ -42,8 +42,8 @@ def counted(f):
 
 @functools.cache
 def run(preset):
-    "Two tiny blocks and 4 x 32 tokens."
-    model = random_model("tiny", 2, 32)
+    "Tiny blocks and 4 x 32 tokens; two blocks where others count their work."
+    model = random_model("tiny", 2 if preset in ("gptq", "aespa", "best") else 1, 32)
     return measure_cost(model, random_tokens(model, 4, 32), AespaConfig.preset(preset, 3, iterations=5))
 
 
@@ -66,7 +66,7 @@ def test_every_phase_has_its_seconds(preset):
     expected = {"gptq": "gptq", "adaround": "adam", "aespa": "attention", "best": "descent", "max": "tuning"}
     assert preset not in expected or report.flops[expected[preset]] > 0
     text = str(report)
-    assert "x floor" in text and "2 blocks, 128 tokens" in text and "hand-over" in text
+    assert "x floor" in text and "128 tokens" in text and "hand-over" in text
 
 
 def test_counted_work_is_that_of_the_formulas():

@@ -7,11 +7,12 @@ import faults
 import pytest
 
 
-@pytest.fixture
-def sandbox(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    return faults.Sandbox(tmp_path)
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", "")
+        patch.setattr("tempfile.tempdir", None)
+        yield faults.Sandbox(tmp_path_factory.mktemp("sandbox"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")

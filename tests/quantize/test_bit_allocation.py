@@ -166,10 +166,10 @@ def test_the_allocation_beats_uniform_bits(reference):
     assert kl["allocated"] < 0.85 * kl["uniform"]
 
 
-def test_the_command_shares_out_and_keeps(tmp_path, capsys):
+def test_the_command_shares_out_and_keeps(one_block, tmp_path, capsys):
     out = tmp_path / "out"
-    words = "quantize reference --preset rtn --auto-bits 2.5 --keep q_proj=3 --samples 2 --eval-samples 2 --quiet --out"
-    assert main([*words.split(), str(out)]) == 0
+    words = "--preset rtn --auto-bits 2.5 --keep q_proj=3 --samples 2 --eval-samples 2 --quiet --out"
+    assert main(["quantize", one_block, *words.split(), str(out)]) == 0
     assert "bits, block by block" in capsys.readouterr().out
     layers = json.loads((out / "quantization.json").read_text())["layers"]
     assert {r["bits"] for r in layers if "q_proj" in r["layer"]} == {3} and len({r["bits"] for r in layers}) > 1
@@ -184,9 +184,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_one_line(case, tmp_path, capsys):
+def test_mistakes_are_one_line(case, one_block, tmp_path, capsys):
     words, message = MISTAKES[case]
-    line = f"quantize reference {words} --preset rtn --samples 2 --eval-samples 2 --quiet --out {tmp_path / 'out'}"
+    line = f"quantize {one_block} {words} --preset rtn --samples 2 --eval-samples 2 --quiet --out {tmp_path / 'out'}"
     assert main(line.split()) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -90,7 +90,7 @@ def all_cases(team, names):
     return {name: outcome(name, team) for name in names}
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 4])
 def test_all_processes_have_the_same_codes_again_and_again(size, tmp_path):
     found = []
     for folder in (tmp_path / "one", tmp_path / "two"):
