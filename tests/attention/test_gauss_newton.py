@@ -128,12 +128,8 @@ def test_scaling_and_single_precision():
 def test_errors_and_a_single_token():
     with pytest.raises(AespaError, match="at least 1"):
         GaussNewtonStatistics(4, 2, 4, 6, coarse=0)
-    with pytest.raises(AespaError, match="no tokens"):
-        GaussNewtonStatistics(4, 2, 4, 6).losses()
     block, X = module(0, tok=1)
     stats, seen = collect(block, X, [4])
     assert stats.losses()["q"].G.abs().max() < 1e-20 and stats.losses()["k"].H.abs().max() < 1e-20
-    with pytest.raises(AespaError, match="heads"):
-        stats.add(X, seen.Q, seen.Q, seen.V, seen.A)
     with pytest.raises(NumericalError, match="NaN or Inf"):
         stats.add(X / 0, seen.Q, seen.K, seen.V, seen.A)

@@ -12,7 +12,7 @@ from aespa_nb import AespaConfig, AespaError, quantize_model
 from aespa_nb.quantize.config import PRESETS
 from aespa_nb.quantize import journal as module
 from aespa_nb.quantize.journal import FINISHED, UNFINISHED, check_free, complete_folder, unfinished_settings
-from aespa_nb.quantize.journal import differences, locked, open_journal, write_file, write_json
+from aespa_nb.quantize.journal import locked, open_journal, write_file, write_json
 from models import MODELS, small
 
 TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -202,14 +202,6 @@ def test_a_file_in_the_way(tmp_path):
     with pytest.raises(AespaError, match="can't be written to"):
         run(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_differences_are_named():
-    assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
-    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 2}}) == [
-        "a.b is 1 there and 2 here",
-        "c is 2 there and None here",
-    ]
 
 
 def test_parts_come_back_as_they_were(tmp_path):

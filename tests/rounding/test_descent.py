@@ -20,7 +20,7 @@ from aespa_nb.rounding.grid import Grid, minmax_grid
 from aespa_nb.rounding.grid_search import fit_grid
 from aespa_nb.rounding.hessian import damp, quadratic_loss
 from aespa_nb.rounding.moves import pick_backend
-from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.errors import AespaError
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 10_000)
@@ -197,12 +197,6 @@ def test_refuses():
     for bad in (dict(G=H), dict(start=W[:2]), dict(sweeps=(-1, 0)), dict(sweeps=(1, -1)), dict(backend="x")):
         with pytest.raises(AespaError):
             descend(W, grid, H, **bad)
-    with pytest.raises(AespaError, match="do not fit"):
-        descend(W, grid, H[:4, :4])
-    with pytest.raises(AespaError, match="0..3"):
-        descend(W, grid, H, start=torch.full_like(W, 4))
-    with pytest.raises(NumericalError):
-        descend(W, grid, H * float("nan"))
     with pytest.raises(AespaError, match="at least one"):
         best_of_starts(W, H, None, [])
 

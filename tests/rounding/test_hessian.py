@@ -88,15 +88,7 @@ def test_a_dead_input_gets_a_diagonal_of_its_own():
 
 
 def test_bad_input_is_refused():
-    X, H = moments(6, 20, seed=0)
-    with pytest.raises(NumericalError, match="activations"):
-        Gram(6).add(X * float("nan"))
-    with pytest.raises(AespaError, match="expected inputs"):
-        Gram(5).add(X)
-    with pytest.raises(AespaError, match="no tokens"):
-        Gram(6).mean()
-    with pytest.raises(NumericalError):
-        damp(H * float("inf"))
+    _, H = moments(6, 20, seed=0)
     with pytest.raises(NumericalError):
         fit_grid(tiny_weight(4, 6), H * float("nan"), 2)
     with pytest.raises(AespaError, match="does not belong"):

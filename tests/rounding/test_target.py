@@ -177,8 +177,6 @@ def test_other_quantities_can_be_guessed_too():
 def test_bad_input_is_named_and_leaves_no_trace():
     X, X_full = streams(6, 20, seed=0)
     gram = PairedGram(6, dtype=torch.float64)
-    with pytest.raises(AespaError, match="differ in shape"):
-        gram.add_pair(X, X_full[:, :-1])
     with pytest.raises(AespaError, match="expected inputs"):
         gram.add_pair(X[1:], X_full[1:])
     for pair in ((X, X_full / 0), (X / 0, X_full)):
@@ -198,8 +196,6 @@ def test_the_share_must_be_one(share):
 
 def test_the_map_needs_matrices_of_one_input():
     eye = torch.eye(4, dtype=torch.float64)
-    with pytest.raises(AespaError, match="same inputs"):
-        error_map(eye, eye[:, :3])
     with pytest.raises(NumericalError):
         error_map(eye * float("nan"), eye)
     with pytest.raises(AespaError):
