@@ -63,8 +63,8 @@ records: $(DEV)
 	OMP_NUM_THREADS=1 $(PY) experiments/records.py $(ARGS)
 
 reference: $(DEV)
-	set -e; for step in fetch corpus tokens "train --minutes 44" \
-	  "train --minutes 66 --init build/reference/first" finish; do $(PY) experiments/train_reference.py $$step; done
+	$(PY) -m pip install -q --no-deps --only-binary=:all: --target build/reference/extra -r experiments/reference.txt
+	set -e; for step in corpus train finish; do $(PY) experiments/train_reference.py $$step; done
 
 constraints: $(DEV)
 	echo "# The exact set that CI uses, for Python 3.11 and newer: make constraints" > constraints.txt

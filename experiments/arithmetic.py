@@ -7,13 +7,12 @@ calibration sequences; what is counted is how many codes change, and how far the
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 
 import torch
 from aespa_nb import AespaConfig, load_reference
-from common import SAMPLES, resume, rounded
+from common import SAMPLES, fresh, resume, rounded
 from safetensors.torch import load_file, save_file
 
 # what torch, MKL, oneDNN, OpenBLAS and numba may use
@@ -44,9 +43,8 @@ def measured(job):
     "What `one` finds in a process with this arithmetic, beside what it finds with the first."
     allowed, changes = WAYS[job["way"]]
     name = f"{folder}/{job['preset']}-{job['bits']}-"
-    words = [sys.executable, __file__, json.dumps([job["preset"], job["bits"], changes, name + job["way"]])]
-    env = os.environ | dict(zip(ALLOWED, allowed))
-    found = json.loads(subprocess.run(words, env=env, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    words = json.dumps([job["preset"], job["bits"], changes, name + job["way"]])
+    found = fresh(__file__, words, **dict(zip(ALLOWED, allowed)))
     first = name + next(iter(WAYS))
     if not os.path.exists(first):
         measured(job | dict(way=next(iter(WAYS))))

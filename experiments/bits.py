@@ -3,7 +3,6 @@
 An average of bits, shared out by `allocate_bits`, on the bundled model; whole numbers also uniformly.
 """
 
-import argparse
 import functools
 import itertools
 from dataclasses import replace
@@ -13,12 +12,7 @@ from aespa_nb.model.blocks import weight_of
 from aespa_nb.quantize.bit_allocation import allocate_bits, predicted_losses
 from common import SAMPLES, resume, rounded
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--presets", nargs="+", default=["gptq", "best"])
-parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-parser.add_argument("--group-sizes", type=int, nargs="+", default=[0, 64], help="0: the whole row")
-parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3, 3.5, 4])
-args = parser.parse_args()
+BUDGETS, WAYS = (2.5, 3, 3.5, 4), ("uniform", "allocated")
 reference = load_reference()
 
 
@@ -47,7 +41,6 @@ def run(job):
     return dict(bits_per_weight=report.bits_per_weight, **more, **row)
 
 
-jobs = itertools.product(args.seeds, args.group_sizes, args.presets, ("uniform", "allocated"), args.budgets)
-keys = ("seed", "group_size", "preset", "how", "budget")
-jobs = [dict(zip(keys, (s, g or None, *rest))) for s, g, *rest in jobs if rest[1] == "allocated" or rest[2] % 1 == 0]
-resume("bits", jobs, run)
+choices = dict(seed=(0, 1), group_size=(None, 64), preset=("gptq", "best"), how=WAYS, budget=BUDGETS)
+jobs = [dict(zip(choices, job)) for job in itertools.product(*choices.values())]
+resume("bits", [job for job in jobs if job["how"] == "allocated" or job["budget"] % 1 == 0], run)

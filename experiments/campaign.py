@@ -45,8 +45,8 @@ ABLATIONS = {  # name -> (preset, changes); the first six change objective and s
 }  # fmt: skip
 
 
-def ablations(reference, args):
-    jobs = [dict(name=n, bits=b, seed=s) for s in args.seeds for b in args.bits or [2] for n in args.names or ABLATIONS]
+def ablations(reference):
+    jobs = [dict(name=name, bits=2, seed=seed) for seed in (0, 1) for name in ABLATIONS]
 
     def run(job):
         preset, changes = ABLATIONS[job["name"]]
@@ -87,16 +87,15 @@ def solvers(W, loss, recipe) -> dict:
     return found | dict(adaround_seconds=learning, descent_seconds=descending, made=stamp(recipe))
 
 
-def layers(reference, args):
-    for bits in args.bits or (2, 3):
+def layers(reference):
+    for bits in (2, 3):
         recipe = AespaConfig.preset("aespa", bits)
         for name, W, loss in layer_losses(reference, recipe.objective):
-            if not args.names or name in args.names:
-                run = functools.partial(solvers, W, loss.damped(recipe.damping), recipe)
-                resume("layers", [dict(layer=name, bits=bits)], lambda job, run=run: run())
+            run = functools.partial(solvers, W, loss.damped(recipe.damping), recipe)
+            resume("layers", [dict(layer=name, bits=bits)], lambda job, run=run: run())
 
 
-def precompute(reference, args, steps: int = 20):
+def precompute(reference, steps: int = 20):
     "CPU seconds of an AdaRound step on W_V of the first block, on both forms of its loss, and of the statistics."
     block, config = reference.model.model.layers[0], reference.model.config
     weights = [getattr(block.self_attn, f"{x}_proj").weight.detach() for x in "qkvo"]
@@ -127,8 +126,4 @@ def precompute(reference, args, steps: int = 20):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", choices=("ablations", "layers", "precompute"))
-    parser.add_argument("--bits", type=int, nargs="+", help="only these")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--names", nargs="+", help="only these recipes, or layers")
-    args = parser.parse_args()
-    globals()[args.which](load_reference(), args)
+    globals()[parser.parse_args().which](load_reference())

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,8 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 
 import torch  # noqa: E402
-from aespa_nb import evaluate_model, quantize_model  # noqa: E402
+from aespa_nb import evaluate_model, load_model, quantize_model  # noqa: E402
 from aespa_nb.experiments.records import stale, stamp, write_record  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path(os.environ.get("AESPA_NB_RUNS", ROOT / "nbs/runs"))
@@ -46,6 +49,15 @@ def resume(name: str, jobs, run, whole: bool = False) -> list[dict]:
     return rows_of(name)
 
 
+def measured(name: str, jobs, run, only: str | None) -> list[dict]:
+    "Rows of the whole record; or, printed and not stored, of the jobs in which `only` is named."
+    if only is None:
+        return resume(name, jobs, run, whole=True)
+    rows = [job | run(job) for job in jobs if any(only in value for value in job.values())]
+    print(*rows, sep="\n")
+    return rows
+
+
 def rounded(reference, config):
     "The bundled model rounded, the report, and the row: scores, CPU seconds and the stamp."
     model, start = copy.deepcopy(reference.model), time.process_time()
@@ -53,3 +65,22 @@ def rounded(reference, config):
     seconds = time.process_time() - start
     scores = evaluate_model(model, reference.heldout[:WINDOWS], reference.model)
     return model, report, dict(**scores._asdict(), cpu_seconds=seconds, made=stamp(config))
+
+
+def fresh(file: str, *words, **env):
+    "What a script prints last, in a process of its own, as JSON."
+    command = [sys.executable, file, *map(str, words)]
+    done = subprocess.run(command, env=os.environ | env, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_model(folder: Path, width: int, inner: int, n_blocks: int):
+    "A LLaMA with random weights and the bundled tokenizer in `folder/model`, and a text beside it."
+    torch.manual_seed(0)
+    size = dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=n_blocks, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=4096, max_position_embeddings=64))
+    tokenizer = load_model("reference")[1]
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("A tensor is an array that knows its shape, its dtype and its device. " * 400)
+    return model, tokenizer

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -24,12 +25,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from aespa_nb import load_model
 from aespa_nb.cli import main
 from aespa_nb.quantize.journal import UNFINISHED
-from common import resume
-from transformers import LlamaConfig, LlamaForCausalLM
+from common import make_model, resume
 
 SETTINGS = [  # few steps, so that many runs fit into an hour; the first three can be shared by several processes
     "--preset gptq --bits 2",
@@ -39,7 +37,22 @@ SETTINGS = [  # few steps, so that many runs fit into an hour; the first three c
     "--preset turboboa --bits 3",
     "--preset signround --bits 4 --iterations 4",
 ]
-SIZES = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
+
+
+def work(words, env, log):
+    os.environ.update(env)
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    sys.exit(main(words))
+
+
+def ended(processes, limit=120):
+    "Exit codes; None for a process that had to be stopped after `limit` seconds."
+    for p in processes:
+        p.join(limit)
+    codes = [p.exitcode for p in processes]
+    for p in processes:
+        p.kill(), p.join()
+    return codes
 
 
 class Sandbox:
@@ -50,38 +63,21 @@ class Sandbox:
         self.tmp = self.folder / "tmp"
         self.tmp.mkdir()
         os.environ["TMPDIR"] = tempfile.tempdir = str(self.tmp)
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=64)).save_pretrained(self.folder / "model")
-        load_model("reference")[1].save_pretrained(self.folder / "model")
-        text = "A tensor is an array that knows its shape, its dtype and its device. " * 400
-        (self.folder / "model/text.txt").write_text(text)
+        make_model(self.folder, 64, 96, 4)
 
     def start(self, setting, out, ranks=1):
         "Processes that run, or go on with, a setting; forked from this one: torch is loaded already."
-        model = self.folder / "model"
-        words = ["quantize", str(model), "--calibration", str(model / "text.txt"), "--out", str(out)]
+        words = ["quantize", str(self.folder / "model"), "--calibration", str(self.folder / "text.txt")]
         words += f"--samples 8 --seqlen 32 --eval-samples 2 --quiet --resume {setting}".split()
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(ranks))
-        pids = []
-        for rank in range(ranks):
-            pids.append(os.fork())
-            if pids[-1]:
-                continue
-            if ranks > 1:
-                os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
-            log = os.open(self.folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1), os.dup2(log, 2)
-            sys.stdout, sys.stderr, code = os.fdopen(1, "w"), os.fdopen(2, "w"), 99
-            try:
-                code = main(words)
-            except BaseException as e:  # what must not happen
-                print(f"Traceback: {type(e).__name__}: {e}", file=sys.stderr)
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(code)
-        return pids
+        envs = [where | dict(RANK=str(i), LOCAL_RANK=str(i)) if ranks > 1 else {} for i in range(ranks)]
+        given = [([*words, "--out", str(out)], env, self.folder / f"log-{i}") for i, env in enumerate(envs)]
+        processes = [multiprocessing.get_context("fork").Process(target=work, args=args) for args in given]
+        for p in processes:
+            p.start()
+        return processes
 
     def log(self):
         "What the first process of the last run has printed."
@@ -91,31 +87,24 @@ class Sandbox:
         "Digest of the files of a run that nobody disturbs, and its seconds."
         if (setting, ranks) not in self.calm:
             out, start = self.folder / "calm", time.monotonic()
-            assert wait(self.start(setting, out, ranks)) == [0] * ranks, self.log()
+            assert ended(self.start(setting, out, ranks)) == [0] * ranks, self.log()
             self.calm[setting, ranks] = digest(out), time.monotonic() - start
             shutil.rmtree(out)
         return self.calm[setting, ranks]
 
-    def strays(self, *known):
+    def go_on(self, found, setting, out, ranks=1):
+        "Lets a disturbed run end, and counts what came of it."
+        codes = ended(self.start(setting, out, ranks))
+        whole = codes[0] == 0 and not (out / UNFINISHED).exists()
+        found["identical"] += whole and digest(out) == self.undisturbed(setting, ranks)[0]
+        found["tracebacks"] += "Traceback" in self.log()
+        found["outside"] += bool(self.strays(out))
+
+    def strays(self, out):
         "Files outside the folder of the run."
-        names = {"model", "tmp", *(p.name for p in [*known, *self.folder.glob("log-*")])}
+        known = {"model", "text.txt", "tmp", "disk", out.name, *(p.name for p in self.folder.glob("log-*"))}
         files = [p for p in self.tmp.rglob("*") if p.is_file()]
-        return files + [p for p in self.folder.iterdir() if p.name not in names]
-
-
-def wait(pids, limit=120):
-    "Exit codes; None for a process that had to be stopped after `limit` seconds."
-    codes, end = {}, time.monotonic() + limit
-    while len(codes) < len(pids):
-        for pid in set(pids) - codes.keys():
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
-                os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
-                codes[pid] = None
-        time.sleep(0.005)
-    return [codes[pid] for pid in pids]
+        return files + [p for p in self.folder.iterdir() if p.name not in known]
 
 
 def digest(out):
@@ -146,25 +135,21 @@ def kills(sandbox, count, ranks=1, seed=0) -> dict:
         setting = rng.choice(SETTINGS if ranks == 1 else SETTINGS[:3])
         expected, seconds = sandbox.undisturbed(setting, ranks)
         for _ in range(min(rng.randint(1, 4), count - found["kills"])):
-            before, pids = finished(out), sandbox.start(setting, out, ranks)
+            before, processes = finished(out), sandbox.start(setting, out, ranks)
             time.sleep(rng.uniform(0, 1.1 * seconds))
-            victim = rng.choice(pids)
-            os.kill(victim, signal.SIGKILL)
-            for pid in set(pids) - {victim}:
-                os.kill(pid, signal.SIGTERM)  # as torchrun does when one of its processes is gone
-            codes = wait(pids)
-            found["hung"] += None in codes
-            if codes[pids.index(victim)] != -signal.SIGKILL:  # it had ended: the machine has become faster
+            victim = rng.choice(processes)
+            victim.kill()
+            for p in processes:
+                p is victim or p.terminate()  # as torchrun does when one of its processes is gone
+            found["hung"] += None in ended(processes)
+            if victim.exitcode != -signal.SIGKILL:  # it had ended: the machine has become faster
                 sandbox.calm[setting, ranks] = expected, 0.7 * seconds
                 break
             found["lost"] += not (out / "results.json").exists() and lost(before, out)
             found["outside"] += bool(sandbox.strays(out))
             found["kills"] += 1
-        codes = wait(sandbox.start(setting, out, ranks))
+        sandbox.go_on(found, setting, out, ranks)
         found["runs"] += 1
-        found["identical"] += codes[0] == 0 and digest(out) == expected and not (out / UNFINISHED).exists()
-        found["tracebacks"] += "Traceback" in sandbox.log()
-        found["outside"] += bool(sandbox.strays(out))
         shutil.rmtree(out, ignore_errors=True)
     return found
 
@@ -176,13 +161,12 @@ def disk(sandbox, count) -> dict:
     mount.mkdir()
     for i in range(count):
         setting, out = SETTINGS[i % len(SETTINGS)], mount / "out"
-        expected = sandbox.undisturbed(setting)[0]
         need = 2600 if "max" in setting else 1400  # KiB; more than a run takes
         size = f"size={4 + need * i // count // 4 * 4}k"
         subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", mount], check=True)
         with contextlib.ExitStack() as stack:
             stack.callback(subprocess.run, ["umount", "-l", mount], check=True)
-            [code] = wait(sandbox.start(setting, out))
+            [code] = ended(sandbox.start(setting, out))
             said, before = sandbox.log(), finished(out)
             if code == 0:
                 continue  # it was enough
@@ -191,9 +175,7 @@ def disk(sandbox, count) -> dict:
             found["tracebacks"] += "Traceback" in said
             subprocess.run(["mount", "-o", "remount,size=64m", mount], check=True)
             found["lost"] += lost(before, out)
-            [code] = wait(sandbox.start(setting, out))
-            found["identical"] += code == 0 and digest(out) == expected
-        found["outside"] += bool(sandbox.strays(mount))
+            sandbox.go_on(found, setting, out)
     return found
 
 
@@ -205,8 +187,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sandbox = Sandbox(folder)
-        if args.what == "kills":
-            job = dict(kind="killed", ranks=args.ranks)
-            resume("faults", [job], lambda job: kills(sandbox, args.count, args.ranks))
-        else:
-            resume("faults", [dict(kind="full disk", ranks=1)], lambda job: disk(sandbox, args.count))
+        run = disk if args.what == "disk" else lambda sandbox, count: kills(sandbox, count, args.ranks)
+        job = dict(kind="full disk" if args.what == "disk" else "killed", ranks=args.ranks)
+        resume("faults", [job], lambda job: run(sandbox, args.count))

@@ -8,7 +8,6 @@ temporary folder (TMPDIR) needs its size once more.
 
 import argparse
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -16,34 +15,21 @@ from pathlib import Path
 
 import torch
 from aespa_nb import AespaConfig, quantize_model
-from aespa_nb.experiments.records import stamp, write_record
 from aespa_nb.model.checkpoint import load_checkpoint
 from aespa_nb.model.memory import resident
-from safetensors.torch import save_file
+from common import RUNS, fresh, stamp, write_record
 from transformers import LlamaConfig, LlamaForCausalLM
 
-STORED, CONFIG = Path("nbs/runs/loading.json"), AespaConfig.preset("rtn", 4)
+CONFIG = AespaConfig.preset("rtn", 4)
 
 
-def make(folder, size, n_blocks=24, n_shards=8):
-    "A LLaMA checkpoint of about `size` bytes in bfloat16, one shard in memory at a time: ones for norms, else noise."
+def make(folder, size, n_blocks=24):
+    "A LLaMA checkpoint of about `size` bytes in bfloat16, in shards."
     width = int((size / 2 / n_blocks / 12) ** 0.5) // 128 * 128
     inner = (size // 2 // n_blocks - 4 * width**2) // (3 * width) // 64 * 64
-    shape = dict(hidden_size=width, intermediate_size=inner, num_attention_heads=width // 128)
-    config = LlamaConfig(**shape, num_hidden_layers=n_blocks, vocab_size=2048, dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
-    rng, names, weight_map, kind = torch.Generator().manual_seed(0), list(shapes), {}, torch.bfloat16
-    noise = lambda shape: torch.randn(shape, generator=rng, dtype=kind) * shape[1] ** -0.5
-    draw = lambda shape: noise(shape) if len(shape) > 1 else torch.ones(shape, dtype=kind)
-    for i in range(n_shards):
-        part = names[len(names) * i // n_shards : len(names) * (i + 1) // n_shards]
-        shard = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
-        save_file({name: draw(shapes[name]) for name in part}, folder / shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    shape = dict(hidden_size=width, intermediate_size=inner, num_attention_heads=width // 128, vocab_size=2048)
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=n_blocks)).bfloat16()
+    model.save_pretrained(folder, max_shard_size=size // 8)
 
 
 def work(folder, way):
@@ -66,24 +52,18 @@ def work(folder, way):
     return dict(way=way, **{f"{k}_MiB": n >> 20 for k, n in sizes.items()}, samples=samples[:: len(samples) // 150 + 1])
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=1)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        return print(json.dumps(work(args.folder, args.way)))
+        print(json.dumps(work(args.folder, args.way)))
+        sys.exit()
     if not (args.folder / "config.json").exists():
         make(args.folder, int(args.gigabytes * 1e9))
-    words, runs = [sys.executable, __file__, str(args.folder), "--way"], []
-    for way in ("in memory", "mapped"):
-        done = subprocess.run([*words, way], stdout=subprocess.PIPE, text=True, check=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-        print({k: v for k, v in runs[-1].items() if k != "samples"}, flush=True)
+    runs = [fresh(__file__, args.folder, "--way", way) for way in ("in memory", "mapped")]
+    print(*({k: v for k, v in run.items() if k != "samples"} for run in runs), sep="\n")
     size = sum(f.stat().st_size for f in args.folder.glob("*.safetensors")) >> 20
-    write_record(STORED, dict(made=stamp(CONFIG), checkpoint_MiB=size, runs=runs))
-
-
-if __name__ == "__main__":
-    main()
+    write_record(RUNS / "loading.json", dict(made=stamp(CONFIG), checkpoint_MiB=size, runs=runs))

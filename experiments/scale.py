@@ -13,20 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from aespa_nb import AespaConfig, load_reference, quantize_model
-from aespa_nb.experiments.records import stamp, write_record
 from aespa_nb.model.team import joined
+from common import RUNS, stamp, write_record
 from transformers.utils.logging import disable_progress_bar
 
-STORED, PRESETS = Path("nbs/runs/scale.json"), ("gptq", "best")
+PRESETS = ("gptq", "best")
 
 
 def work(args):
     "One process: a short run that loads and compiles, then each preset; the first process writes what all found."
-    torch.set_num_threads(1)
     disable_progress_bar()
 
     def quantize(preset, samples):
@@ -52,27 +50,23 @@ def work(args):
             torch.save((codes, row), args.work)
 
 
-def main(args):
-    rows, one, load = [], None, os.getloadavg()[0]
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-    for processes in (1, 2, 4):
-        with tempfile.NamedTemporaryFile() as file:
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-            options = ["--samples", str(args.samples), "--work", file.name]
-            subprocess.run([*launch, __file__, *options], check=True, env=env)
-            codes, row = torch.load(file.name)
-        one = one or codes
-        for preset in PRESETS:
-            row[preset]["other_codes"] = (codes[preset] != one[preset]).double().mean().item()
-        rows.append(row)
-        print(row, flush=True)
-    run = dict(cores=os.cpu_count(), load=load, samples=args.samples, presets=list(PRESETS))
-    write_record(STORED, dict(made=stamp(run), run=run, rows=rows))
-
-
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--samples", type=int, default=32)
     p.add_argument("--work", help=argparse.SUPPRESS)
     args = p.parse_args()
-    work(args) if args.work else main(args)
+    if args.work:
+        work(args)
+        sys.exit()
+    found, load = [], os.getloadavg()[0]
+    for processes in (1, 2, 4):
+        with tempfile.NamedTemporaryFile() as file:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            subprocess.run([*launch, __file__, "--samples", str(args.samples), "--work", file.name], check=True)
+            found.append(torch.load(file.name))
+        codes, row = found[-1]
+        for preset in PRESETS:
+            row[preset]["other_codes"] = (codes[preset] != found[0][0][preset]).double().mean().item()
+        print(row, flush=True)
+    run = dict(cores=os.cpu_count(), load=load, samples=args.samples, presets=list(PRESETS))
+    write_record(RUNS / "scale.json", dict(made=stamp(run), run=run, rows=[row for _, row in found]))

@@ -1,7 +1,7 @@
 """Damaged models: each must end in a finite model no worse than round-to-nearest, or in one clear line.
 
     python experiments/torture.py                       everything; nbs/runs/torture.json
-    python experiments/torture.py --only dead --presets gptq best --models llama      a part, printed
+    python experiments/torture.py --only dead --presets gptq best      a part, printed
 
 What "no worse" means: the squared error of every block's output on the calibration tokens, relative to the output,
 summed over blocks, against that of the preset rtn; up to `TOLERANCE`. Everything is measured in float64.
@@ -18,7 +18,7 @@ import torch
 import transformers as hf
 from aespa_nb import PRESETS, AespaConfig, AespaError, quantize_model
 from aespa_nb.model.blocks import linears_of, stacks_of, weight_of
-from common import resume
+from common import measured
 
 TOLERANCE = 0.02
 BAD = ("worse", "not finite", "traceback", "several lines")
@@ -48,24 +48,21 @@ def build(kind: str, vocabulary: int = 64):
 # --- damages: each changes the model in place, or gives other tokens --------------------------------------------------
 
 
-def each(tensors, change):
-    for t in tensors:
-        change(t)
-
-
-def embedding(model):
-    return model.get_input_embeddings().weight
+each = lambda tensors, change: [change(t) for t in tensors]
 
 
 def norms(model):
     return [p for n, p in blocks(model).named_parameters() if p.ndim == 1 and "norm" in n and n.endswith("weight")]
 
 
+embedding = lambda model: model.get_input_embeddings().weight
 on_model = lambda change: lambda m, t: (change(m), t)[1]
 on_tokens = lambda change: lambda m, t: change(t)
 on_norms = lambda change: on_model(lambda m: each(norms(m), change))
 put = lambda at, value: lambda t: t.__setitem__(at, value)
 times = lambda size: lambda t: t.mul_(size)
+gates = lambda model: [p for n, p in model.named_parameters() if n.endswith("gate.weight")]
+route = lambda factor: on_model(lambda m: each(gates(m), times(factor)))
 
 
 def on_weights(change, *parts, dtype=None):
@@ -73,10 +70,6 @@ def on_weights(change, *parts, dtype=None):
     named = lambda n: not parts or any(part in n for part in parts)
     found = lambda m: [weight_of(b, n) for b in blocks(m) for n in linears_of(b) if named(n)]
     return on_model(lambda m: (each(found(m), change), m.to(dtype)))
-
-
-def route(factor):
-    return on_model(lambda m: each([p for n, p in m.named_parameters() if n.endswith("gate.weight")], times(factor)))
 
 
 def duplicate(model):
@@ -196,15 +189,13 @@ def all_presets(kind: str, name: str, presets) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="cases whose name contains this: printed, not stored")
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--only", help="models or cases whose name contains this: printed, not stored")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     args = parser.parse_args()
     warnings.simplefilter("error", RuntimeWarning)
     hf.utils.logging.set_verbosity_error()
-    jobs = [dict(model=kind, case=name) for kind in args.models for name in CASES if (args.only or "") in name]
-    run = lambda job: all_presets(job["model"], job["case"], args.presets)
-    found = resume("torture", jobs, run) if args.only is None else [job | run(job) for job in jobs]
+    jobs = [dict(model=kind, case=name) for kind in MODELS for name in CASES]
+    found = measured("torture", jobs, lambda job: all_presets(job["model"], job["case"], args.presets), args.only)
     bad = [r for r in found if set(BAD) & set(r["ends"])]
-    print(*(found if args.only else []), *bad, f"{len(found)} damaged models, {len(bad)} bad ends", sep="\n")
+    print(*bad, f"{len(found)} damaged models, {len(bad)} bad ends", sep="\n")
     sys.exit(bool(bad))

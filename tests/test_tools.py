@@ -1,26 +1,21 @@
 """The checks in tools/ fail when they should."""
 
-import importlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import check_sync
 import nbformat
 import pytest
+import run_nbs
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (ROOT / "settings.ini").read_text()
 EXPORTED = "#| export\ndef double(x: float) -> float:\n    'Twice the number.'\n    return 2 * x"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><path d="M 1.000000 2.000000"/></svg>'
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module
 
 
 def notebook(*cells):
@@ -46,9 +41,7 @@ def in_line(tmp_path_factory):
     index.cells[1].outputs = [new_output("display_data", {"image/svg+xml": SVG})]
     for name, nb in (("rounding/10_grid", chapter), ("index", index)):
         nbformat.write(nb, root / f"nbs/{name}.ipynb")
-    with pytest.MonkeyPatch.context() as m:
-        m.syspath_prepend(str(ROOT / "tools"))
-        importlib.import_module("check_sync").generate(root)
+    check_sync.generate(root)
     return root
 
 
@@ -66,11 +59,6 @@ def edit(path, old, new):
 # --- check_sync ---------------------------------------------------------------------------------------------------
 
 
-def test_sync_passes_on_a_fresh_export(repo, tool):
-    lines, n = tool("check_sync").differences(repo)
-    assert lines == [] and n >= 6
-
-
 @pytest.mark.parametrize(
     ("path", "old", "new", "blamed"),
     [
@@ -81,22 +69,24 @@ def test_sync_passes_on_a_fresh_export(repo, tool):
         ("nbs/rounding/10_grid.ipynb", '"execution_count": null', '"execution_count": 7', "nbs/rounding/10_grid.ipynb"),
     ],
 )
-def test_sync_names_the_file_that_differs(repo, tool, path, old, new, blamed):
+def test_sync_names_the_file_that_differs(repo, path, old, new, blamed):
     edit(repo / path, old, new)
-    lines, _ = tool("check_sync").differences(repo)
+    lines, _ = check_sync.differences(repo)
     assert [line for line in lines if line.startswith(blamed)], lines
 
 
-def test_sync_finds_a_module_without_a_notebook(repo, tool):
+def test_sync_finds_a_module_without_a_notebook(repo):
     shutil.copy(repo / "aespa_nb/rounding/grid.py", repo / "aespa_nb/rounding/orphan.py")
-    lines, _ = tool("check_sync").differences(repo)
+    lines, _ = check_sync.differences(repo)
     assert any(line.startswith("aespa_nb/rounding/orphan.py: no notebook") for line in lines)
 
 
-def test_sync_leaves_the_tree_alone(repo, tool):
+def test_sync_passes_on_a_fresh_export_and_leaves_the_tree_alone(repo):
+    lines, n = check_sync.differences(repo)
+    assert lines == [] and n >= 6
     edit(repo / "nbs/rounding/10_grid.ipynb", "return 2 * x", "return x + x")
     before = {p: p.read_bytes() for p in repo.rglob("*") if p.is_file()}
-    tool("check_sync").differences(repo)
+    check_sync.differences(repo)
     assert before == {p: p.read_bytes() for p in repo.rglob("*") if p.is_file()}
 
 
@@ -148,8 +138,7 @@ def test_numbers_are_unique_over_the_rooms():
         ("alike", "<path d='M 1.0'/>", "<path d='M 4.0 2.0'/>", True, "close"),
     ],
 )
-def test_outputs_are_compared_up_to_rounding(tool, near, old, new, svg, verdict):
-    run_nbs = tool("run_nbs")
+def test_outputs_are_compared_up_to_rounding(near, old, new, svg, verdict):
     assert run_nbs.same(old, new, svg, getattr(run_nbs, near)) == verdict
 
 
@@ -161,14 +150,14 @@ def with_outputs(made_by, *outputs):
     return nb
 
 
-def test_only_another_processor_may_have_other_outputs(tool):
-    compare, stored = tool("run_nbs").compare, with_outputs("a", "loss 0.20", "one text")
+def test_only_another_processor_may_have_other_outputs():
+    compare, stored = run_nbs.compare, with_outputs("a", "loss 0.20", "one text")
     assert compare(stored, with_outputs("b", "loss 0.21", "other words")) == ([], 2)
     assert len(compare(stored, with_outputs("a", "loss 0.22", "other words"))[0]) == 2
     assert len(compare(stored, with_outputs("b", "gain 0.20", "one text"))[0]) == 1
 
 
-def run_nbs(folder, *args):
+def runner(folder, *args):
     command = [sys.executable, ROOT / "tools/run_nbs.py", *args]
     return subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
 
@@ -177,20 +166,16 @@ def test_notebook_runner_stores_and_checks(repo):
     "In its own folder, twice to the same bytes; wrong outputs and failing cells are found, `eval: false` left alone."
     path = repo / "nbs/rounding/11_run.ipynb"
     nbformat.write(notebook("1 / 8", "import os\nprint(os.path.basename(os.getcwd()))", "#| eval: false\n1 / 0"), path)
-    assert run_nbs(repo, path).returncode == 0
+    assert runner(repo, path).returncode == 0
     first = path.read_bytes()
     assert b'"rounding\\n"' in first
-    assert run_nbs(repo, path).returncode == 0 and path.read_bytes() == first
-    done = run_nbs(repo, "--check", path)
+    assert runner(repo, path).returncode == 0 and path.read_bytes() == first
+    done = runner(repo, "--check", path)
     assert done.returncode == 0 and "checked: 2 cells in 1 notebooks" in done.stdout
 
     edit(path, "0.125", "0.225")
-    done = run_nbs(repo, "--check", path)
-    assert done.returncode == 1 and "now:    0.125" in done.stdout
+    fails = repo / "nbs/rounding/12_fails.ipynb"
+    nbformat.write(notebook("1 / 0"), fails)
+    done = runner(repo, "--check", path, fails)
+    assert done.returncode == 1 and "now:    0.125" in done.stdout and "ZeroDivisionError" in done.stdout
     assert "0.225" in path.read_text()
-
-    nb = json.loads(path.read_text())
-    nb["cells"][0]["source"] = "1 / 0"
-    path.write_text(json.dumps(nb))
-    done = run_nbs(repo, "--check", path)
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stdout

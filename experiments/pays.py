@@ -1,0 +1,94 @@
+"""When do attention-aware losses pay? Hours on one core for SmolLM2, to nbs/runs/pays.json and nbs/runs/attention.json.
+
+Only query, key and value projections are rounded, together or one kind alone, to 2 bits in groups of 64, by the same
+greedy descent under three losses. And what differs between the models: how concentrated attention is, block by block.
+A model other than the bundled one needs `aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first.
+"""
+
+import argparse
+import copy
+import itertools
+import time
+
+import torch
+from aespa_nb import AespaConfig, calibration_windows, evaluate_model, evaluation_windows, load_model, quantize_model
+from aespa_nb.attention.forward import split_heads
+from aespa_nb.attention.kronecker_losses import AttentionStatistics
+from aespa_nb.experiments.records import stamp
+from aespa_nb.model.capture import capture_attention, capturing
+from common import resume
+
+TEXTS = dict(reference=("reference", 256, 64, 64), smollm2=("handbook", 512, 24, 12))  # tokens, windows of each kind
+KINDS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+OBJECTIVES = "layer", "attention", "gauss-newton"
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--models", nargs="+", choices=TEXTS, default=list(TEXTS))
+parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+parser.add_argument("--parts", nargs="+", default=["qkv", "q", "k", "v"], help="one kind alone: with the first seed only")
+args = parser.parse_args()
+
+
+def setting(name, seed):
+    "A model, calibration tokens drawn with a seed, held-out tokens."
+    text, seqlen, samples, windows = TEXTS[name]
+    model, tokenizer = load_model(name, torch.float32)
+    calib = calibration_windows(text, tokenizer, samples, seqlen, seed).tokens
+    return model, calib, evaluation_windows(text, tokenizer, seqlen, windows).tokens
+
+
+def round_some(job):
+    "One run, and its scores."
+    model, calib, heldout = setting(job["model"], job["seed"])
+    keep = {kind: 16 for kind in KINDS if kind[0] not in job["part"] or kind not in KINDS[:3]}
+    recipe = dict(bits=2, group_size=64, grid="hessian", solver="descent", damping=0.02, keep=keep)
+    config, rounded, start = AespaConfig(objective=job["objective"], **recipe), copy.deepcopy(model), time.process_time()
+    quantize_model(rounded, calib, config)
+    seconds = time.process_time() - start
+    scores = evaluate_model(rounded, heldout, model)._asdict()
+    full = evaluate_model(model, heldout).perplexity
+    return dict(**scores, full_perplexity=full, cpu_seconds=seconds, text=TEXTS[job["model"]], made=stamp(config))
+
+
+def participation(M):
+    "Effective rank: the squared sum of the eigenvalues over the sum of their squares, mean over heads."
+    return (M.diagonal(dim1=-2, dim2=-1).sum(-1) ** 2 / M.square().sum((-1, -2))).mean().item()
+
+
+@torch.no_grad()
+def look(job):
+    "How concentrated the attention of a model is, block by block."
+    model, calib, _ = setting(job["model"], 0)
+    inputs, blocks = {}, {}
+    attentions = [m for m in model.modules() if hasattr(m, "q_proj")]
+
+    def read(module, Q, K, V, A):
+        if module not in blocks:
+            sizes = Q.shape[1], K.shape[1], Q.shape[2], inputs["X"].shape[1]
+            blocks[module] = dict(statistics=AttentionStatistics(sizes), entropy=[], first=[], rank=[])
+        found = blocks[module]
+        found["statistics"].add(inputs["X"], Q, K, A)
+        found["entropy"].append(torch.special.entr(A).sum(-1)[..., 64:].mean())  # nats, of queries with a past
+        found["first"].append(A[:, :, 64:, 0].mean())
+        found["rank"].append(torch.tensor(participation(A.mT @ A)))
+
+    hooks = [m.register_forward_pre_hook(lambda m, a, k: inputs.update(X=(a or [k["hidden_states"]])[0].mT),
+                                         with_kwargs=True) for m in attentions]  # fmt: skip
+    with capturing(model), capture_attention(read):
+        for window in calib[:8]:
+            model(window[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    rows = []
+    for module in attentions:
+        found = blocks[module]
+        losses = found.pop("statistics").losses()
+        ranks = dict(rank_H=participation(losses["q"].H), rank_Hv=participation(losses["v"].H))
+        rows.append({name: torch.stack(values).mean().item() for name, values in found.items()} | ranks)
+    return dict(blocks=rows)
+
+
+if __name__ == "__main__":
+    resume("attention", [dict(model=name) for name in args.models], look)
+    for name, part, seed in itertools.product(args.models, args.parts, args.seeds):
+        if part == "qkv" or seed == args.seeds[0]:
+            resume("pays", [dict(model=name, part=part, objective=o, seed=seed) for o in OBJECTIVES], round_some)

@@ -1,0 +1,194 @@
+"BoA: the Kronecker system solved by brute force, the limit of GPTQ, blocks of rows, scales, and whole models."
+
+import pytest
+import torch
+from models import small
+from torch.testing import assert_close
+
+from aespa_nb.quantize.config import AespaConfig
+from aespa_nb.quantize.layer import round_layer
+from aespa_nb.quantize.model import quantize_model
+from aespa_nb.baselines.turboboa import BoaResult, boa, refine_scales
+from aespa_nb.model.blocks import stacks_of
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.rounding.gptq import gptq
+from aespa_nb.rounding.grid import Grid, minmax_grid
+from aespa_nb.rounding.grid_search import fit_grid
+from aespa_nb.rounding.hessian import damp
+from aespa_nb.errors import AespaError, NumericalError
+from aespa_nb.attention.kronecker_losses import KroneckerLoss
+from aespa_nb.model.block_tuning import block_error
+
+KINDS = ("llama", "opt")
+TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
+
+
+class Problem:
+    "Random weights of some heads, with matrices far from the identity."
+
+    def __init__(self, heads=2, rows=4, inp=6, each=True, bits=2, group_size=None, seed=0):
+        random = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(shape, generator=random, dtype=torch.float64)
+        gram = lambda n, m: damp((lambda X: X @ X.mT / 50)(draw(m, n, n) @ draw(m, n, 50)), 0.05)
+        self.W, self.H, self.G = draw(heads, rows, inp), gram(inp, heads if each else 1), gram(rows, heads)
+        self.H = self.H if each else self.H[0]
+        self.grid = fit_grid(self.W, self.H, bits, group_size)
+        self.fit = lambda W: fit_grid(W, self.H, bits, group_size)
+
+    def loss(self, codes, grid):
+        return float(KroneckerLoss(self.H, self.G)(grid.values(codes) - self.W))
+
+    def solve(self, **options) -> BoaResult:
+        return boa(self.W, self.H, self.grid, self.G, **{"rounds": 0, **options})
+
+
+def brute(W, H, G, grid, order):
+    "Weight by weight: those still free are set to the solution of their least-squares problem."
+    K, goal, now = torch.kron(G, H), W.flatten(), W.flatten().clone()
+    scale, zero = (t.flatten() for t in grid.expand(W.shape[1]))
+    codes = torch.empty_like(now)
+    for k, p in enumerate(order):
+        codes[p] = (torch.round(now[p] / scale[p]) + zero[p]).clamp(0, grid.max_code)
+        now[p] = scale[p] * (codes[p] - zero[p])
+        done, free = order[: k + 1], order[k + 1 :]
+        error = now[done] - goal[done]
+        now[free] = goal[free] - torch.linalg.solve(K[free][:, free], K[free][:, done] @ error)
+    return codes.view_as(W)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_free_weight_stands_at_the_least_squares_solution(seed, by_rows):
+    p = Problem(heads=1, seed=seed)
+    rows, cols = p.W.shape[1:]
+    order = torch.arange(rows * cols).view(rows, cols)
+    order = (order if by_rows else order.T).flatten()
+    found = p.solve(act_order=False).codes[0]
+    assert torch.equal(found, brute(p.W[0], p.H[0], p.G[0], Grid(2, p.grid.scale[0], p.grid.zero[0]), order))
+
+
+def test_costly_rows_and_columns_come_first():
+    p = Problem(heads=1)
+    a, b = (M[0].diagonal().argsort(descending=True) for M in (p.G, p.H))
+    order = (a[:, None] * len(b) + b).flatten()
+    grid = Grid(2, p.grid.scale[0], p.grid.zero[0])
+    assert torch.equal(p.solve().codes[0], brute(p.W[0], p.H[0], p.G[0], grid, order))
+
+
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_without_coupled_rows_it_is_gptq(each, group_size, act_order):
+    p = Problem(3, 8, 136, each, group_size=group_size)  # more columns than a block has
+    expected = gptq(p.W, p.H, p.grid, act_order).codes
+    p.G = torch.eye(8, dtype=torch.float64)
+    assert torch.equal(p.solve(act_order=act_order, rows=3).codes, expected)
+    assert torch.equal(boa(p.W, p.H, p.grid, None, rounds=0, act_order=act_order).codes, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_rows_in_blocks_equal_row_by_row(rows):
+    p = Problem(3, 8, 24)
+    assert torch.equal(p.solve(rows=rows).codes, p.solve(rows=8).codes)
+
+
+def test_heads_do_not_meet():
+    p, options = Problem(3, 8, 24), dict(rounds=2, rows=4)
+    together = p.solve(fit=p.fit, **options)
+    for h in range(3):
+        grid = Grid(2, p.grid.scale[h], p.grid.zero[h])
+        alone = boa(p.W[h], p.H[h], grid, p.G[h], fit=lambda W, h=h: fit_grid(W, p.H[h], 2), **options)
+        assert torch.equal(alone.codes, together.codes[h])
+        assert_close(alone.grid.scale, together.grid.scale[h])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_each_idea_lowers_the_loss(bits):
+    losses = []
+    for seed in range(8):
+        p = Problem(2, 16, 32, each=False, bits=bits, seed=seed)
+        plain = boa(p.W, p.H, p.grid, None, rounds=0)
+        runs = [plain, p.solve(rows=2), p.solve(rows=2, fit=p.fit), p.solve(rows=2, fit=p.fit, rounds=2)]
+        losses.append([p.loss(*r) / p.loss(p.grid.codes(p.W), p.grid) for r in runs])
+    nearest, gptq_, rows, fitted, refined = 1.0, *torch.tensor(losses).mean(0).tolist()
+    assert rows < gptq_ and refined < fitted < rows < nearest
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_steps_reach_the_joint_optimum(coupled, group_size):
+    p = Problem(2, 4, 16, group_size=group_size)
+    codes, G = p.grid.codes(p.W), p.G if coupled else None
+    found = refine_scales(p.W, codes, p.grid, p.H, G, rounds=300)
+    units = (codes - p.grid.expand(16)[1]).view(2, 4, p.grid.scale.shape[-1], -1)
+    for h in range(2):
+        eye = torch.block_diag(*units[h].flatten(0, 1).split(1))  # a scale is a linear unknown
+        columns = [torch.zeros(4, 16, dtype=torch.float64) for _ in eye]
+        for k, E in enumerate(columns):
+            E.view(-1)[:] = eye[k]
+        K = torch.kron(p.G[h] if coupled else torch.eye(4).double(), p.H[h])
+        B = torch.stack([E.flatten() for E in columns])
+        best = torch.linalg.solve(B @ K @ B.T, B @ K @ p.W[h].flatten()).view_as(found.scale[h])
+        if (best > 0.2 * p.grid.scale[h]).all():
+            assert_close(found.scale[h], best, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_refining_never_hurts_and_steps_stay_positive(seed):
+    p = Problem(2, 8, 16, group_size=4, seed=seed)
+    codes = p.grid.codes(p.W + 0.3 * p.W.flip(-1))
+    losses = [p.loss(codes, refine_scales(p.W, codes, p.grid, p.H, p.G, rounds=k)) for k in range(5)]
+    assert all(b <= a * (1 + 1e-12) for a, b in zip(losses, losses[1:]))
+    assert (refine_scales(p.W, codes, p.grid, p.H, p.G).scale > 0).all()
+
+
+def test_dead_codes_leave_their_steps():
+    p = Problem(1, 2, 4)
+    codes = p.grid.zero.expand_as(p.W).clone()  # every weight is 0
+    assert torch.equal(refine_scales(p.W, codes, p.grid, p.H, p.G).scale, p.grid.scale)
+
+
+def test_the_callers_tensors_stay_and_runs_repeat():
+    p = Problem(2, 8, 16)
+    kept = [t.clone() for t in (p.W, p.H, p.G, p.grid.scale, p.grid.zero)]
+    a, b = (p.solve(fit=p.fit, rounds=2, rows=2) for _ in range(2))
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.grid.scale, b.grid.scale)
+    assert all(torch.equal(x, y) for x, y in zip(kept, (p.W, p.H, p.G, p.grid.scale, p.grid.zero)))
+
+
+def test_what_does_not_fit_is_refused():
+    p = Problem()
+    for change in (dict(rows=0), dict(rounds=-1)):
+        with pytest.raises(AespaError, match="rows >= 1"):
+            p.solve(**change)
+    for H, G in ((p.H[..., :5, :5], p.G), (p.H, p.G[..., :3, :3]), (p.H, p.G[:1].expand(5, -1, -1))):
+        with pytest.raises(AespaError, match="do not fit"):
+            boa(p.W, H, p.grid, G)
+    with pytest.raises(NumericalError, match="NaN"):
+        boa(p.W * float("nan"), p.H, p.grid, p.G)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_round_layer_takes_it(group_size, symmetric):
+    p = Problem(2, 8, 16)
+    config = AespaConfig.preset("turboboa", 2, group_size=group_size, symmetric=symmetric)
+    r = round_layer(p.W.reshape(16, 16), KroneckerLoss(p.H, p.G), config)
+    assert r.codes.max() <= 3 and r.loss < r.loss_rtn and (not symmetric or (r.grid.zero == 2).all())
+    assert r.grid.scale.shape == (16, 2 if group_size else 1)
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_models(kind, group_size):
+    model = small(kind)
+    block = model.get_submodule(stacks_of(model)[0])[0]
+    stream, full = (BlockStream(model, TOKENS) for _ in range(2))
+    full.run(block, keep=True)
+    linears = {n: m.weight for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+    nearest = {f"{n}.weight": minmax_grid(W, 2, group_size).round(W) for n, W in linears.items()}
+    rtn = block_error(block, stream, full.hidden, nearest)
+    report = quantize_model(model, TOKENS, AespaConfig.preset("turboboa", 2, group_size=group_size))
+    assert block_error(block, stream, full.hidden) < 0.9 * rtn
+    assert all(int(r.codes.max()) <= 3 for r in report.layers.values())
+    stream.close(), full.close()

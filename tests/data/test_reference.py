@@ -1,0 +1,63 @@
+"""The bundled model: loads without a network, is what its card says, and methods rank on it as the book says."""
+
+import copy
+import json
+from pathlib import Path
+
+import aespa_nb
+import pytest
+import torch
+from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
+from aespa_nb.data.text import calibration_windows, evaluation_windows
+
+FOLDER = Path(aespa_nb.__file__).parent / "reference"
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_reference()
+
+
+def test_sizes_and_shapes(reference):
+    model, tokenizer, calib, heldout = reference
+    assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 16e6
+    assert not [f for f in FOLDER.iterdir() if f.suffix in (".pt", ".pkl", ".bin")]
+    assert calib.dtype == heldout.dtype == torch.int64
+    assert calib.shape[1] == heldout.shape[1] == model.config.max_position_embeddings == 256
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_calibration_and_heldout_share_no_window(reference):
+    runs = lambda tokens: {tuple(w.tolist()) for row in tokens for w in row.unfold(0, 32, 16)}
+    assert not runs(reference.calib) & runs(reference.heldout)
+
+
+def test_tokenizer_round_trip(reference):
+    text = "Return a new array of given shape and type, filled with ones."
+    assert reference.tokenizer.decode(reference.tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text
+
+
+def test_perplexity_is_the_cards(reference):
+    "On every sixteenth held-out window, against the number for the whole split."
+    card = json.loads((FOLDER / "training.json").read_text())
+    measured = evaluate_model(reference.model, reference.heldout[::16]).perplexity
+    assert measured == pytest.approx(card["heldout"]["perplexity"], rel=0.1)
+
+
+def test_tokens_by_name(reference):
+    a, b = (calibration_windows("reference", reference.tokenizer, 4, 128, seed=s).tokens for s in (0, 1))
+    assert a.shape == b.shape == (4, 128) and not torch.equal(a, b)
+    assert torch.equal(evaluation_windows("reference", reference.tokenizer, 256, 3).tokens, reference.heldout[:3])
+
+
+def test_methods_rank_as_the_book_says(reference):
+    "On one block, at 3 bits (the page on the algorithm has 2): in KL `best` beats GPTQ, and that round-to-nearest."
+    model, _, calib, heldout = reference
+    full = copy.deepcopy(model)
+    full.model.layers = full.model.layers[:1]
+    kl = {}
+    for preset in ("rtn", "gptq", "best"):
+        rounded = copy.deepcopy(full)
+        quantize_model(rounded, calib, AespaConfig.preset(preset, bits=3, samples=8))
+        kl[preset] = evaluate_model(rounded, heldout[:8], full).kl
+    assert 1.2 * kl["best"] < kl["gptq"] < kl["rtn"], kl

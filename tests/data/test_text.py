@@ -1,0 +1,176 @@
+"""Windows, texts and where they are from."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from aespa_nb.model.blocks import zeta_groups
+from aespa_nb.data.text import (
+    CORPORA,
+    Corpus,
+    _read_split,
+    calibration_windows,
+    consecutive_windows,
+    evaluation_windows,
+    load_reference,
+    random_windows,
+    read_text,
+    shared_text,
+    shared_warning,
+)
+from aespa_nb.errors import AespaError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+SMALL = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=16)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=50)
+@given(length=st.integers(2, 200), seqlen=st.integers(2, 50), samples=st.integers(1, 20), seed=st.integers(0, 99))
+def test_windows_are_runs_of_the_text(length, seqlen, samples, seed):
+    ids = torch.arange(length)
+    if length < seqlen:
+        with pytest.raises(AespaError):
+            random_windows(ids, samples, seqlen, seed)
+        return
+    drawn, rest = random_windows(ids, samples, seqlen, seed), consecutive_windows(ids, seqlen)
+    assert drawn.shape == (samples, seqlen) and (drawn.diff(dim=1) == 1).all()
+    assert torch.equal(rest.flatten(), ids[: length // seqlen * seqlen])
+
+
+def test_splits_of_a_file_do_not_overlap(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("".join(chr(97 + i % 26) for i in range(1000)))
+    first, last = read_text(str(file)).text, read_text(str(file), evaluation=True).text
+    assert first + last == file.read_text() and len(last) == 100
+
+
+def test_text_that_cannot_be_read(tmp_path):
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "broken.json").write_text("{[")
+    (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n{"text": 2}')
+    for source, message in {
+        "b.txt": "UTF-8",
+        "b.txt:column": "too many colons",
+        "broken.json": "could not be loaded",
+        "numbers.jsonl": "no text in column 'text'",
+        "numbers.jsonl:body": "it has: text",
+        "none.parquet": "no text at",
+    }.items():
+        with pytest.raises(AespaError, match=message) as e:
+            read_text(f"{tmp_path}/{source}")
+        assert "\n" not in str(e.value)
+    with pytest.raises(AespaError, match="wikitext2"):
+        read_text("wikitext3")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    "A hub with the rows that the corpora's real layouts have; keeps what it was asked for."
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        column = "sentence" if "ptb" in path else "text"
+        rows = {s: [{column: f"{s} {i}", "n": i} for i in range(3000)] for s in ("train", "validation", "test")}
+        return {s: map(dict, r) for s, r in rows.items() if not (s == "test" and "c4" in path)}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_corpora_join_the_right_split_and_column(hub):
+    assert read_text("wikitext2").text.startswith("train 0\n\ntrain 1\n\n")
+    assert read_text("wikitext2", evaluation=True).text.startswith("test 0\n\ntest 1\n\n")
+    assert read_text("ptb", evaluation=True).text.startswith("test 0 test 1 ")
+    c4 = read_text("c4", evaluation=True).text
+    assert c4.startswith("validation 0 validation 1 ") and c4.endswith(" 1099")
+    assert hub[0] == ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}) and hub[3][1]["streaming"]
+
+
+def test_hub_spellings(hub):
+    assert read_text("org/name")[1:] == ("org/name", "train")
+    assert read_text("org/name", evaluation=True)[1:] == ("org/name", "test")
+    assert read_text("org/c4-like", evaluation=True)[1:] == ("org/c4-like", "validation")
+    assert read_text("org/ptb/small:validation:sentence")[1:] == ("org/ptb/small", "validation")
+    assert hub[-1] == ("org/ptb", {"streaming": True, "name": "small"})
+    for source, message in {"org/name:dev": "train, validation, test", "org/ptb": "it has: sentence, n"}.items():
+        with pytest.raises(AespaError, match=message):
+            read_text(source)
+
+
+def test_corpora_without_a_network_say_what_to_do(monkeypatch):
+    import datasets
+
+    def refuse(path, **kwargs):
+        raise ConnectionError("offline\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    for name in [*CORPORA, "org/name"]:
+        with pytest.raises(AespaError, match="offline.*check the name and the network"):
+            read_text(name)
+
+
+def test_a_stream_is_read_no_further_than_needed():
+    "The limit of documents stops the stream, also one without an end."
+    endless = ({"text": str(i)} for i in itertools.count())
+    corpus = Corpus("x", documents=(5, None))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("aespa_nb.data.text._load_dataset", lambda corpus: {"train": endless})
+        assert _read_split(corpus).text == "0\n\n1\n\n2\n\n3\n\n4"
+
+
+def test_tables_and_folders_on_disk(tmp_path):
+    "Real files, through datasets."
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    rows = [{"body": f"document {i}"} for i in range(50)]
+    whole = "\n\n".join(r["body"] for r in rows)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name, part in {"a": rows, "set/train": rows[:40], "set/test": rows[40:]}.items():
+        Dataset.from_list(part).to_parquet(tmp_path / f"{name}.parquet")
+    for kind in ("jsonl", "json", "parquet"):
+        first, last = (read_text(f"{tmp_path}/a.{kind}:body", e).text for e in (False, True))
+        assert first + last == whole and len(first) == len(whole) * 9 // 10
+    assert read_text(f"{tmp_path}/set:test:body").text == "\n\n".join(r["body"] for r in rows[40:])
+    with pytest.raises(AespaError, match="has no split dev, but train, test"):
+        read_text(f"{tmp_path}/set:dev:body")
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=50)
+@given(seed=st.integers(0, 10**6), run=st.integers(1, 6), letters=st.integers(2, 4))
+def test_shared_text_is_the_share_of_runs_found(seed, run, letters):
+    g = torch.Generator().manual_seed(seed)
+    calib, heldout = (torch.randint(0, letters, shape, generator=g) for shape in ((3, 8), (2, 11)))
+    runs = lambda t: [tuple(w[i : i + run]) for w in t.tolist() for i in range(len(w) - run + 1)]
+    found = [r in set(runs(calib)) for r in runs(heldout)]
+    assert shared_text(calib, heldout, run) == pytest.approx(sum(found) / len(found))
+
+
+def test_shared_text_is_said(tmp_path):
+    tokenizer = load_reference().tokenizer
+    (tmp_path / "same.txt").write_text("A tensor is an array that knows its shape. " * 300)
+    both, file = (calibration_windows, evaluation_windows), str(tmp_path / "same.txt")
+    calib, heldout = (f(file, tokenizer, seqlen=64) for f in both)
+    assert "100% of the evaluation text" in shared_warning(calib, heldout)
+    assert "last tenth" in str(heldout.origin) and heldout.origin.available > heldout.tokens.numel() - 64
+    calib, heldout = (f("reference", tokenizer, seqlen=256) for f in both)
+    assert shared_warning(calib, heldout) is None
+    assert "the same text" in shared_warning(calib, heldout._replace(origin=calib.origin))
+
+
+def test_where_zeta_is_free():
+    gqa = LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=16))
+    mha = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=16))
+    post = OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=16, word_embed_proj_dim=16, do_layer_norm_before=False))
+    gelu = OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=16, word_embed_proj_dim=16, activation_function="gelu"))
+    free = lambda model: [s for s, _ in zeta_groups(model)]
+    assert "self_attn.v_proj" not in free(gqa) and "self_attn.v_proj" in free(mha)
+    assert free(post) == ["self_attn.v_proj", "fc1"] and "fc1" not in free(gelu)

@@ -1,0 +1,48 @@
+"""Which records of nbs/runs are stale, by name; and each has a command that makes it."""
+
+import fnmatch
+
+import common
+import pytest
+import records
+
+# Made before there were stamps: what is measured again leaves this list, nothing comes onto it.
+STAMPED = ("compare", "scale", "loading")  # beginnings of names
+UNSTAMPED = [f"{name}.json" for name in records.OWNERS if not name.startswith(STAMPED)] + ["compare-*/runs/*.json"]
+
+
+def test_no_record_is_stale():
+    "Run `make records`, or `python experiments/records.py NAME`, for what is named here."
+    known = lambda path, why: why == "unstamped" and any(fnmatch.fnmatch(path, name) for name in UNSTAMPED)
+    assert {path: why for path, why in records.reasons().items() if not known(path, why)} == {}
+
+
+def test_the_list_shrinks():
+    stale = records.reasons()
+    assert [name for name in UNSTAMPED if not fnmatch.filter(stale, name)] == [], "has a stamp now: off the list"
+
+
+def test_every_record_has_an_owner():
+    assert {records.owner(p.relative_to(common.RUNS).as_posix()) for p in common.RUNS.iterdir()} == set(records.OWNERS)
+    scripts = [w[0] for commands in records.OWNERS.values() for w in commands if w[0].endswith(".py")]
+    assert all((common.ROOT / script).exists() for script in scripts)
+
+
+def test_only_what_is_stale_is_measured_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RUNS", tmp_path)
+    measured = []
+    jobs = [dict(preset=p) for p in ("rtn", "gptq")]
+    run = lambda job: measured.append(job["preset"]) or dict(kl=len(measured))
+    assert [r["kl"] for r in common.resume("x", jobs, run)] == [1, 2] and measured == ["rtn", "gptq"]
+    common.resume("x", jobs, run)
+    assert len(measured) == 2
+    monkeypatch.setattr("aespa_nb.experiments.records.NUMERICS", 10**6)
+    assert "now they are 1000000" in common.stale(tmp_path / "x.json")
+    assert sorted(r["kl"] for r in common.resume("x", [*jobs, dict(preset="best")], run)) == [3, 4, 5]
+    assert common.stale(tmp_path / "x.json") is None
+
+
+def test_a_record_needs_a_stamp(tmp_path):
+    with pytest.raises(ValueError, match="needs"):
+        common.write_record(tmp_path / "x.json", [dict(kl=1)])
+    assert not list(tmp_path.iterdir())

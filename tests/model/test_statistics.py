@@ -1,0 +1,138 @@
+"""Collectors: what they add up, over batches, processes and grouped heads."""
+
+import contextlib
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from aespa_nb.attention.any_position import MeasuredStatistics
+from aespa_nb.attention.forward import repeat_kv
+from aespa_nb.model.blocks import stacks_of
+from aespa_nb.model.capture import capture_attention, capturing
+from aespa_nb.model.phases import timed
+from aespa_nb.model.statistics import AttentionCollector, Batch, InputCollector, block_losses, parts_of, survey
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.rounding.hessian import Gram
+from models import small
+
+TOKENS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def first_block(kind, tokens=TOKENS):
+    "Model, first block, and the stream before it."
+    model = small(kind, torch.float64)
+    with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, tokens, batch_size=2)) as stream:
+        yield model, model.get_submodule(stacks_of(model)[0])[0], stream
+
+
+def read(kind, tokens, objective, team=None):
+    "Losses, with a full-precision stream beside; it is the same but for a factor."
+    with first_block(kind, tokens) as (model, block, stream), first_block(kind, tokens) as (_, reference, full):
+        full.hidden *= 1.1
+        stream.team = team or stream.team
+        return block_losses(model, block, stream, objective, torch.float64, full=(reference, full))
+
+
+class Halves:
+    "Two processes, one after the other: the second adds the sums that the first has left."
+
+    def __init__(self):
+        self.left = None
+
+    def first(self, make):
+        return make()
+
+    def sums(self, statistics, done):
+        for s in statistics:
+            for name in s.SUMS if id(s) not in done else ():
+                value = getattr(s, name)
+                yield from self.sums([value], done) if hasattr(value, "SUMS") else [(s, name, value)]
+            done.add(id(s))
+
+    def sum(self, statistics):
+        mine = [(s, name, v) for s, name, v in self.sums(statistics, set()) if v is not None]
+        if self.left is None:
+            self.left = [copy.deepcopy(v) for _, _, v in mine]
+            return
+        for (s, name, v), other in zip(mine, self.left, strict=True):
+            setattr(s, name, v + other)
+
+
+@pytest.mark.parametrize("objective", ["layer", "attention", "gauss-newton"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "neox"])
+def test_what_two_processes_have_read_adds_up(kind, objective):
+    whole, team = read(kind, TOKENS, objective), Halves()
+    read(kind, TOKENS[:2], objective, team)
+    both = read(kind, TOKENS[2:], objective, team)
+    assert whole.losses.keys() == both.losses.keys() == whole.accumulated_errors.keys()
+    for key, loss in whole.losses.items():
+        assert_close(both.losses[key].H, loss.H)
+        assert (loss.G is None) or torch.allclose(both.losses[key].G, loss.G)
+        for a, b in zip(whole.accumulated_errors[key], both.accumulated_errors[key]):
+            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b))
+
+
+@pytest.mark.parametrize(
+    "kind, adding", [("llama", {"self_attn.o_proj", "mlp.down_proj"}), ("neox", {"mlp.dense_4h_to_h"})]
+)
+def test_no_error_where_both_streams_are_the_same(kind, adding):
+    "Also where the full-precision stream moves on, in whose place the block's outputs then stand."
+    with first_block(kind) as (model, block, stream), first_block(kind) as (_, reference, full):
+        found = block_losses(model, block, stream, full=(reference, full))
+        assert stream.at == 0 and full.at == 1
+    assert {key for key, e in found.accumulated_errors.items() if e.stream is not None} == adding
+    assert not any(t.any() for e in found.accumulated_errors.values() for t in e if t is not None)
+
+
+@pytest.mark.parametrize("objective", ["attention", "gauss-newton"])
+def test_it_does_not_matter_whether_shared_heads_are_handed_over_repeated(objective):
+    with first_block("llama") as (model, block, stream):
+        found, expected = survey(model, block, stream), block_losses(model, block, stream, objective).losses
+        batch, calls = Batch(), []
+        hook = lambda m, args: batch.inputs.update(q=args[0].mT)
+        handle = block.self_attn.q_proj.register_forward_pre_hook(hook)
+        with capture_attention(lambda module, *tensors: calls.append((batch.inputs["q"], tensors)), within=block):
+            stream.run(block)
+        handle.remove()
+    keys = {p.role: key for key, p in parts_of(block, found).items() if p.role}
+    inputs = dict.fromkeys("qkv", InputCollector("q", list(keys.values()), Gram(32)))
+    collector = AttentionCollector(block, found.attentions[0], keys, inputs, objective)
+    assert collector.fast and collector.kv_heads == 2
+    for X, (Q, K, V, A) in calls:
+        collector.add(Batch({"q": X}, attention=(Q, repeat_kv(K, 4), repeat_kv(V, 4), A)))
+    losses = collector.losses(inputs["q"].losses())
+    for key, loss in losses.items():
+        assert_close(loss.H, expected[key].H, rtol=1e-4, atol=1e-4)
+        assert loss.G is None or torch.allclose(loss.G, expected[key].G, rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_of_the_roles_is_measured():
+    with first_block("llama") as (model, block, stream):
+        found = survey(model, block, stream)
+    keys = {"q": "self_attn.q_proj", "k": "self_attn.k_proj"}
+    inputs = dict.fromkeys("qk", InputCollector("q", list(keys.values()), Gram(32)))
+    collector = AttentionCollector(block, found.attentions[0], keys, inputs, "attention")
+    assert isinstance(collector.sums, MeasuredStatistics) and not inputs["q"].counted
+
+
+def test_phases_are_named_where_they_happen():
+    with first_block("llama") as (model, block, stream), first_block("llama") as (_, reference, full):
+        with timed() as seconds:
+            block_losses(model, block, stream, full=(reference, full))
+    assert set(seconds) == {"other", "survey", "forward", "hessians", "attention", "target"}
+
+
+def test_a_constant_factor_before_attention_is_in_the_losses():
+    "OPT scales its queries. Measured position maps contain such a factor without knowing of it."
+    with first_block("opt") as (model, block, stream):
+        assert survey(model, block, stream).attentions[0].roles["q"].gain == 8**-0.5
+        known = block_losses(model, block, stream, "attention", torch.float64).losses
+        with mock.patch("aespa_nb.model.statistics._same_position", lambda q, k: False):
+            measured = block_losses(model, block, stream, "attention", torch.float64).losses
+    for name in ("self_attn.q_proj", "self_attn.k_proj"):
+        assert_close(known[name].G, measured[name].G)
+        assert_close(known[name].H, measured[name].H)

@@ -1,0 +1,304 @@
+"""Runs that are stopped and go on: nothing lost, nothing wrong, the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, AespaError, quantize_model
+from aespa_nb.quantize.config import PRESETS
+from aespa_nb.quantize import journal as module
+from aespa_nb.quantize.journal import FINISHED, UNFINISHED, check_free, complete_folder, unfinished_settings
+from aespa_nb.quantize.journal import locked, open_journal, write_file, write_json
+from models import MODELS, small
+
+TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+QUICK = dict(bits=3, iterations=3)
+
+
+def run(journal=None, preset="best", kind="llama", dtype=torch.float32, tokens=TOKENS, **changes):
+    "A rounded small model and its report."
+    model = small(kind, dtype)
+    if preset == "max":
+        changes["tuning"] = 2
+    return model, quantize_model(model, tokens, AespaConfig.preset(preset, **QUICK, **changes), journal=journal)
+
+
+def same(a, b):
+    "Are two runs' models, grids and losses equal to the last bit?"
+    (model, report), (other, again) = a, b
+    states = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in x.rows()] for x in (report, again)]
+    grids = all(
+        all(torch.equal(x, y) for x, y in ((r.grid.scale, s.grid.scale), (r.grid.zero, s.grid.zero), (r.zeta, s.zeta)))
+        for r, s in zip(report.layers.values(), again.layers.values(), strict=True)
+    )
+    return grids and rows[0] == rows[1] and all(torch.equal(x, y) for x, y in states)
+
+
+def only(folder, *kept):
+    "Forgets all blocks but some, as if the run had been killed."
+    for path in folder.glob("*.safetensors"):
+        if path.stem[-1] not in kept:
+            path.unlink()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, preset):
+    plain, first = run(preset=preset), run(tmp_path, preset)
+    assert same(plain, first)
+    only(tmp_path, "0")
+    assert same(plain, run(tmp_path, preset))  # block 1 anew
+    assert same(plain, run(tmp_path, preset))  # all from the journal
+    only(tmp_path, "1")
+    assert same(plain, run(tmp_path, preset))  # a block in the middle is missing
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_all_kinds_of_models(tmp_path, kind):
+    zfold = dict(preset="zfold") if kind in ("llama", "opt") else {}
+    plain = run(kind=kind, **zfold)
+    run(tmp_path, kind=kind, **zfold)
+    only(tmp_path, "0")
+    assert same(plain, run(tmp_path, kind=kind, **zfold))
+
+
+def test_half_precision_models_hand_over_what_the_block_computed(tmp_path):
+    plain = run(dtype=torch.bfloat16)
+    run(tmp_path, dtype=torch.bfloat16)
+    only(tmp_path, "0")
+    assert same(plain, run(tmp_path, dtype=torch.bfloat16))
+
+
+def test_layers_that_were_kept_and_experts(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = MixtralConfig(**sizes, intermediate_size=16, num_local_experts=4, max_position_embeddings=32)
+
+    def once(journal):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(config).eval()
+        wanted = AespaConfig.preset("best", 2, keep={"q_proj": 16, "v_proj": 4})
+        return model, quantize_model(model, TOKENS, wanted, journal=journal)
+
+    plain = once(None)
+    assert same(plain, once(tmp_path))
+    only(tmp_path, "0")
+    assert same(plain, once(tmp_path))
+
+
+def test_another_run_is_refused_with_the_difference_named(tmp_path):
+    run(tmp_path)
+    for changes, match in (
+        (dict(seed=1), r"config\.seed is 0 there and 1 here"),
+        (dict(preset="gptq"), r"config\.\w+ is .*and \d more"),
+        (dict(tokens=TOKENS.flip(0)), r"calibration\.input_ids is"),
+        (dict(kind="mha"), "holds another run: "),
+    ):
+        with pytest.raises(AespaError, match=match):
+            run(tmp_path, **changes)
+    model = small()
+    model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(AespaError, match=r"weights\.model\.layers\.1 is"):
+        quantize_model(model, TOKENS, AespaConfig.preset("best", **QUICK), journal=tmp_path)
+    model = small()
+    model.config.rms_norm_eps = 1e-3
+    with pytest.raises(AespaError, match=r"model\.rms_norm_eps is"):
+        quantize_model(model, TOKENS, AespaConfig.preset("best", **QUICK), journal=tmp_path)
+    assert same(run(), run(tmp_path))  # and it is as good as before
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    middle = len(data) // 2
+    return {
+        "empty": b"",
+        "truncated": data[:-1],
+        "longer": data + b"\0",
+        "flipped": data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :],
+        "header": b"\xff" * 8 + data[8:],
+        "text": b"{}",
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "longer", "flipped", "header", "text"])
+@pytest.mark.parametrize("name", ["model.layers.0.safetensors", "model.layers.1.safetensors", "run.json"])
+def test_a_damaged_file_is_noticed_and_made_again(tmp_path, name, how):
+    plain = run(tmp_path, "gptq")
+    path = tmp_path / name
+    path.write_bytes(damaged(path.read_bytes().rstrip(), how))
+    again = run(tmp_path, "gptq")
+    assert same(plain, again)
+    assert any(name in note and "damaged" in note for note in again[1].notes)
+    assert run(tmp_path, "gptq")[1].notes == plain[1].notes  # it is whole again
+
+
+def test_a_block_of_another_run_does_not_fit(tmp_path):
+    run(tmp_path / "a", "gptq"), run(tmp_path / "b", "rtn")
+    (tmp_path / "b/model.layers.0.safetensors").replace(tmp_path / "a/model.layers.0.safetensors")
+    assert same(run(preset="gptq"), run(tmp_path / "a", "gptq"))
+
+
+def test_other_versions_are_told(tmp_path):
+    run(tmp_path, "rtn")
+    header = json.loads((tmp_path / "run.json").read_text())
+    header["versions"]["torch"] = "1.0"
+    write_json(tmp_path / "run.json", header)
+    assert any("versions.torch is 1.0" in n or "torch is 1.0" in n for n in run(tmp_path, "rtn")[1].notes)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with locked(tmp_path):
+        code = "import sys, pathlib\nfrom aespa_nb.quantize.journal import locked\n"
+        code += "with locked(pathlib.Path(sys.argv[1])): pass"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode and "another process works in" in done.stderr
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import os, sys, pathlib\nfrom aespa_nb.quantize.journal import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_full_disk_at_each_write_loses_nothing(tmp_path, monkeypatch, at):
+    from aespa_nb.quantize import journal
+
+    plain, writes = run(preset="gptq"), []
+
+    def scarce(path, write):
+        writes.append(path)
+        if len(writes) > at:
+            return write_file(path, lambda new: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        return write_file(path, write)
+
+    monkeypatch.setattr(journal, "write_file", scarce)
+    with pytest.raises(AespaError, match="No space left on device"):
+        run(tmp_path, "gptq")
+    monkeypatch.undo()
+    finished = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".json", ".safetensors")}
+    assert len(finished) == at
+    assert same(plain, run(tmp_path, "gptq"))
+    assert all((tmp_path / name).read_bytes() == data for name, data in finished.items())
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(AespaError, match="can't be written to"):
+        run(tmp_path / "inside")
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AespaError, match="can't be written to"):
+        run(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_parts_come_back_as_they_were(tmp_path):
+    tensors = dict(x=torch.randn(3, 4).T, y=torch.arange(5, dtype=torch.uint8), z=torch.ones(2).bfloat16())
+    with open_journal(tmp_path, {"a": 1}) as journal:
+        journal.put("part", tensors, {"loss": 0.1, "name": "ä"})
+        back, facts = journal.get("part")
+        assert journal.get("other") is None and journal.notes == []
+    assert facts == {"loss": 0.1, "name": "ä"} and back.keys() == tensors.keys()
+    assert all(torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in tensors.items())
+
+
+def test_another_run_is_known_by_its_blocks_where_its_record_is_damaged(tmp_path):
+    run(tmp_path, "gptq")
+    before = (tmp_path / "model.layers.0.safetensors").read_bytes()
+    for damage in (lambda p: p.write_text("?"), lambda p: p.unlink(), lambda p: p.write_text("[" * 100_000)):
+        damage(tmp_path / "run.json")
+        with pytest.raises(AespaError, match="holds blocks of another run"):
+            run(tmp_path, "gptq", seed=1)
+        assert (tmp_path / "model.layers.0.safetensors").read_bytes() == before
+    assert same(run(preset="gptq"), run(tmp_path, "gptq"))
+
+
+# --- the folder of a run ------------------------------------------------------------------------------------------
+
+
+def finish(folder, resume=False, settings=None):
+    with complete_folder(folder, resume, settings) as out:
+        (out / "config.json").write_text("{}")
+        (out / "part").mkdir()
+        (out / "part/x").write_text("x")
+
+
+@pytest.mark.parametrize("call", ["_move_out", "rmtree", "replace"])
+def test_a_kill_at_the_end_leaves_a_finished_run_or_one_that_can_be_finished(tmp_path, monkeypatch, call):
+    "The process dies before or in the middle of what its last steps are."
+    folder, settings = tmp_path / "out", dict(bits=2)
+    pid = os.fork()
+    if not pid:
+        die = lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
+        where = {"_move_out": module, "rmtree": module.shutil, "replace": module.os}[call]
+        with complete_folder(folder, settings=settings) as out:
+            (out / "config.json").write_text("{}")
+            (out.parent / "journal").mkdir()
+            setattr(where, call, die)
+    os.waitpid(pid, 0)
+    if call == "rmtree":  # all was in place already
+        assert not (folder / UNFINISHED).exists() and (folder / "config.json").exists() and (folder / FINISHED).exists()
+        return
+    assert unfinished_settings(folder) == settings
+    finish(folder, resume=True, settings=settings)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "part"]
+
+
+def test_a_move_that_fails_is_undone(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def full(a, b):
+        if str(b).endswith("config.json"):
+            raise OSError(28, "No space left on device")
+        replace(a, b)
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(AespaError, match="No space left on device"):
+        finish(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_there_from_the_beginning_and_must_be_the_same(tmp_path):
+    with pytest.raises(KeyboardInterrupt), complete_folder(tmp_path / "out", settings=dict(bits=2)) as out:
+        assert unfinished_settings(tmp_path / "out") == dict(bits=2)
+        with open_journal(out.parent / "journal", dict(a=1)) as journal:
+            journal.put("block", dict(x=torch.ones(2)), {})
+        raise KeyboardInterrupt
+    with pytest.raises(AespaError, match=r"bits is 2 there and 3 here"):
+        finish(tmp_path / "out", resume=True, settings=dict(bits=3))
+    finish(tmp_path / "out", resume=True, settings=dict(bits=2))
+
+
+def test_who_comes_late_does_not_write_into_a_finished_folder(tmp_path, monkeypatch):
+    "Between the look at the folder and the lock another process has finished its run."
+    folder = tmp_path / "out"
+    check = module.check_free
+    monkeypatch.setattr(module, "check_free", lambda *args: (check(*args), monkeypatch.undo(), finish(folder))[0])
+    with pytest.raises(AespaError, match="is not empty"):
+        finish(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "part"]
+
+
+def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".x.new").symlink_to(tmp_path / "mine")
+    write_file(tmp_path / "x", lambda new: new.write_text("ours"))
+    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "x").read_text() == "ours"
+
+
+def test_what_a_stopped_export_left_is_not_to_be_resumed(tmp_path):
+    (tmp_path / "out" / UNFINISHED / "result").mkdir(parents=True)
+    with pytest.raises(AespaError, match="holds an unfinished run: remove it first"):
+        check_free(tmp_path / "out")

@@ -1,0 +1,272 @@
+"""quantize_model on models built from configurations: what it promises, and what it refuses."""
+
+import contextlib
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, AespaError, quantize_model
+from aespa_nb.quantize.config import PRESETS
+from aespa_nb.quantize.layer import round_layer
+from aespa_nb.model.statistics import block_losses
+from aespa_nb.model.capture import capturing, capture_attention
+from aespa_nb.model.stream import BlockStream
+from aespa_nb.rounding.hessian import quadratic_loss
+from aespa_nb.errors import NumericalError, UnsupportedModelError
+from aespa_nb.attention.kronecker_losses import KroneckerLoss
+from models import MODELS, SMALL
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+KINDS = {kind: MODELS[kind] for kind in ("llama", "mha", "opt")} | {
+    "opt-post-norm": lambda: OPTForCausalLM(
+        OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)
+    ),
+}
+TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+def build(kind):
+    torch.manual_seed(0)
+    return KINDS[kind]().eval()
+
+
+def quick(preset="aespa", **changes):
+    return AespaConfig.preset(preset, **{"bits": 3, "iterations": 30, **changes})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_preset_on_every_kind(kind, preset):
+    model = build(kind)
+    before = copy.deepcopy(model.state_dict())
+    report = quantize_model(model, TOKENS, quick(preset))
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
+    assert set(report.layers) == linears
+    assert preset != "zfold" or any((r.zeta != 1).any() for r in report.layers.values())
+    for name, r in report.layers.items():
+        assert r.codes.max() <= 7
+        assert torch.equal(r.weight(), model.get_submodule(name).weight)
+        assert not torch.equal(before[name + ".weight"], model.get_submodule(name).weight)
+    tuned = {k for k in before if "norm" in k and k.endswith("weight") and report.config.tuning}
+    untouched = {k for k in before if k.removesuffix(".weight") not in linears} - tuned
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if k in untouched)
+    assert torch.isfinite(model(TOKENS).logits).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_layers_beat_round_to_nearest(kind):
+    report = quantize_model(build(kind), TOKENS, quick(bits=2))
+    assert all(r.loss < r.loss_rtn for r in report.layers.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_same_seed_same_bits_and_seeds_matter(kind):
+    weights = []
+    for seed in (0, 0, 1):
+        model = build(kind)
+        quantize_model(model, TOKENS, quick("gptq", samples=4, seed=seed))
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_batch_size_changes_nothing_but_rounding_errors():
+    reports = [
+        quantize_model(build("llama").double(), TOKENS, quick("gptq", batch_size=b, dtype=torch.float64))
+        for b in (1, 8)
+    ]
+    for a, b in zip(reports[0].layers.values(), reports[1].layers.values()):
+        assert torch.equal(a.codes, b.codes)
+
+
+@pytest.mark.parametrize("group_size, symmetric", [(8, False), (16, True), (None, True)])
+def test_groups_and_symmetric_grids(group_size, symmetric):
+    report = quantize_model(build("llama"), TOKENS, quick(group_size=group_size, symmetric=symmetric))
+    for r in report.layers.values():
+        out, inp = r.shape
+        assert r.grid.scale.shape == (out, 1 if group_size is None else inp // group_size)
+        assert not symmetric or (r.grid.zero == 4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_keep_their_dtype_and_their_codes(dtype):
+    model = build("llama").to(dtype)
+    report = quantize_model(model, TOKENS, quick("aespa", bits=4))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for name, r in report.layers.items():
+        assert torch.equal(r.weight().to(dtype), model.get_submodule(name).weight)
+
+
+def test_attention_and_training_mode_are_put_back():
+    model = build("llama").train()
+    before = model.config._attn_implementation
+    quantize_model(model, TOKENS, quick("rtn"))
+    assert model.training and model.config._attn_implementation == before
+    with pytest.raises(AespaError):
+        quantize_model(model, TOKENS + 64, quick("rtn"))
+    assert model.config._attn_implementation == before
+
+
+def test_losses_of_a_layer_are_its_output_error():
+    model = build("opt")
+    block = model.model.decoder.layers[0]
+    seen = []
+    with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, TOKENS)) as stream:
+        losses = block_losses(model, block, stream).losses
+        hook = block.fc2.register_forward_pre_hook(lambda m, a: seen.append(a[0].flatten(0, -2)))
+        stream.run(block)
+        hook.remove()
+    dW = torch.randn(32, 48)
+    error = (torch.cat(seen) @ dW.T).pow(2).sum() / TOKENS.numel()
+    torch.testing.assert_close(losses["fc2"](dW), error, rtol=1e-4, atol=0)
+
+
+def test_round_layer_reports_the_loss_it_reaches():
+    W, H = torch.randn(8, 16), torch.eye(16)
+    zeta = torch.linspace(0.5, 2, 16)
+    r = round_layer(W, KroneckerLoss(H), quick("gptq"), zeta)
+    assert r.loss == pytest.approx(float(quadratic_loss(r.weight() - W, H)), rel=1e-4)
+    assert torch.equal(r.zeta, zeta)
+
+
+SOURCES = {}
+SOURCES["wide"] = """
+sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=4)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=1, max_position_embeddings=64, **sizes))
+tokens = torch.randint(0, 256, (32, 64))
+"""
+SOURCES["bundled"] = """
+model, _, tokens, _ = load_reference()
+model.model.layers = model.model.layers[:1]
+"""
+MEASURE = """
+import torch
+from aespa_nb import AespaConfig, load_reference, quantize_model
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.set_num_threads(1)
+config = AespaConfig.preset("{preset}", samples=8, iterations=5{changes})
+small = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+small = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=1, max_position_embeddings=64, **small))
+quantize_model(small, torch.randint(0, 256, (8, 64)), config)  # all that is loaded at first use is there now
+{model}
+with torch.no_grad():
+    model(tokens[:1])
+report = quantize_model(model, tokens, config)
+print(report.peak_bytes, report.budget_bytes, report.block_bytes)
+"""
+
+
+@pytest.mark.parametrize("model, preset", [("wide", "aespa"), ("wide", "max"), ("bundled", "best")])
+def test_peak_memory_stays_below_the_budget(model, preset):
+    "In a fresh process."
+    changes = ", tuning=2, starts=1" if preset == "max" else ""  # more passes or starts need no more memory
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed arrays go back to the system at once
+    command = [sys.executable, "-c", MEASURE.format(model=SOURCES[model], preset=preset, changes=changes)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+    peak, budget, block = map(int, out.split())
+    print(f"peak {peak / 2**20:.1f} MiB, budget {budget / 2**20:.1f} MiB")
+    assert block / 2 < peak < budget
+
+
+BAD_FIELDS = [
+    dict(bits=1),
+    dict(bits=9),
+    dict(bits=2.5),
+    dict(objective="block"),
+    dict(solver="adam"),
+    dict(grid="mse"),
+    dict(iterations=0),
+    dict(lr=-1.0),
+    dict(damping=-0.1),
+    dict(group_size=0),
+    dict(samples=0),
+    dict(batch_size=0),
+    dict(grid="minmax", zfold=True),
+    dict(dtype=torch.float16),
+    dict(correction=1.5),
+    dict(tuning=-1),
+    dict(starts=7),
+    dict(iteration=3),
+    dict(keep={"down_proj": 1}),
+    dict(keep={"down_proj": 12}),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_FIELDS, ids=lambda b: "-".join(f"{k}={v}" for k, v in b.items()))
+def test_bad_fields_are_refused(bad):
+    with pytest.raises(AespaError) as error:
+        AespaConfig(**bad)
+    assert "\n" not in str(error.value)
+
+
+BAD_TOKENS = {
+    "empty": (TOKENS[:0], "at least one"),
+    "float": (TOKENS.float(), "int64"),
+    "flat": (TOKENS[0], r"\[seq tok\]"),
+    "outside": (TOKENS + 60, "tokenizer"),
+    "negative": (TOKENS - 10, "tokenizer"),
+    "long": (TOKENS.view(2, 64), "lower seqlen"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENS)
+def test_bad_tokens_are_refused_and_the_model_is_left_alone(case):
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    tokens, message = BAD_TOKENS[case]
+    with pytest.raises(AespaError, match=message):
+        quantize_model(model, tokens, quick())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_damaged_weights_and_unknown_architectures_are_refused():
+    model = build("opt")
+    model.model.decoder.layers[1].fc1.weight.data[0, 0] = float("inf")
+    with pytest.raises(NumericalError, match="layers.1.fc1"):
+        quantize_model(model, TOKENS, quick())
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32))
+    with pytest.raises(UnsupportedModelError, match="gpt2"):
+        quantize_model(gpt2, TOKENS, quick(zfold=True))
+    with pytest.raises(UnsupportedModelError, match="no list of blocks"):
+        quantize_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), TOKENS, quick())
+
+
+def test_kept_layers_have_their_own_bits():
+    model = build("opt")
+    before = model.model.decoder.layers[0].fc1.weight.clone()
+    report = quantize_model(model, TOKENS, quick("gptq", keep={"fc2": 5, "layers.0.fc1": 16}))
+    assert torch.equal(model.model.decoder.layers[0].fc1.weight, before)
+    bits = {name: r.grid.bits for name, r in report.layers.items()}
+    assert bits == {n: 5 if "fc2" in n else 3 for n in bits} and "model.decoder.layers.0.fc1" not in bits
+    assert all(r.codes.max() < 2**r.grid.bits for r in report.layers.values())
+    with pytest.raises(AespaError, match="no linear's name"):
+        quantize_model(model, TOKENS, quick(keep={"down_proj": 4}))
+
+
+def test_a_dictionary_of_inputs_is_as_good_as_tokens():
+    models = [build("llama"), build("llama")]
+    for model, inputs in zip(models, (TOKENS, dict(input_ids=TOKENS))):
+        quantize_model(model, inputs, quick("gptq"))
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+    with pytest.raises(AespaError, match="same number"):
+        quantize_model(models[0], dict(input_ids=TOKENS, attention_mask=TOKENS[:2]), quick("gptq"))
+
+
+def test_nan_activations_are_refused():
+    model = build("llama")
+    model.model.layers[0].input_layernorm.weight.data[3] = float("nan")
+    with pytest.raises(NumericalError):
+        quantize_model(model, TOKENS, quick())
+
+
+def test_attention_that_is_not_heard_is_an_error():
+    model, heard = build("llama"), []
+    with torch.no_grad(), capture_attention(lambda *args: heard.append(args)):
+        model(TOKENS)
+        assert not heard  # stock attention
+        with capturing(model):
+            model(TOKENS)
+    assert len(heard) == len(model.model.layers)

@@ -1,0 +1,50 @@
+"""The same bits on any number of threads."""
+
+import copy
+import os
+
+import pytest
+import torch
+from aespa_nb import AespaConfig, quantize_model
+from aespa_nb.cli import main
+from aespa_nb.data.text import load_reference
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+RESULTS = {}
+
+
+@pytest.mark.parametrize("preset", ["aespa", "zfold", "max"])
+def test_codes_do_not_depend_on_the_number_of_threads(preset, threads):
+    reference = load_reference()
+    model = copy.deepcopy(reference.model)
+    del model.model.layers[1:]
+    changes = dict(iterations=2, keep={"gate_proj": 16, "up_proj": 16}) | (dict(tuning=2) if preset == "max" else {})
+    report = quantize_model(model, reference.calib[:2], AespaConfig.preset(preset, 2, **changes))
+    codes = torch.cat([r.codes.flatten() for r in report.layers.values()])
+    steps = torch.cat([r.grid.scale.flatten() for r in report.layers.values()])
+    first = RESULTS.setdefault(preset, (codes, steps))
+    assert torch.equal(codes, first[0]) and torch.equal(steps, first[1])
+
+
+def test_long_sums_in_products(threads):
+    "MKL would cut them between threads, had it not been told (conftest.py)."
+    X = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
+    first = RESULTS.setdefault("product", X @ X.mT)
+    assert torch.equal(X @ X.mT, first)
+
+
+def test_the_command_line_asks_for_such_products(monkeypatch):
+    monkeypatch.delenv("MKL_CBWR")
+    assert main(["eval", "/nowhere"]) == 2
+    assert os.environ["MKL_CBWR"] == "AUTO,STRICT"
+    monkeypatch.setenv("MKL_CBWR", "AVX2")  # who asks for something else gets it
+    main(["eval", "/nowhere"])
+    assert os.environ["MKL_CBWR"] == "AVX2"
