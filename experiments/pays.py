@@ -12,7 +12,6 @@ import time
 
 import torch
 from aespa_nb import AespaConfig, calibration_windows, evaluate_model, evaluation_windows, load_model, quantize_model
-from aespa_nb.attention.forward import split_heads
 from aespa_nb.attention.kronecker_losses import AttentionStatistics
 from aespa_nb.experiments.records import stamp
 from aespa_nb.model.capture import capture_attention, capturing
@@ -24,7 +23,7 @@ OBJECTIVES = "layer", "attention", "gauss-newton"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--models", nargs="+", choices=TEXTS, default=list(TEXTS))
 parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-parser.add_argument("--parts", nargs="+", default=["qkv", "q", "k", "v"], help="one kind alone: with the first seed only")
+parser.add_argument("--parts", nargs="+", default=["qkv", "q", "k", "v"], help="one kind alone: the first seed only")
 args = parser.parse_args()
 
 
@@ -39,9 +38,10 @@ def setting(name, seed):
 def round_some(job):
     "One run, and its scores."
     model, calib, heldout = setting(job["model"], job["seed"])
-    keep = {kind: 16 for kind in KINDS if kind[0] not in job["part"] or kind not in KINDS[:3]}
+    keep = {kind: 16 for kind in KINDS if kind[0] not in job["part"]}
     recipe = dict(bits=2, group_size=64, grid="hessian", solver="descent", damping=0.02, keep=keep)
-    config, rounded, start = AespaConfig(objective=job["objective"], **recipe), copy.deepcopy(model), time.process_time()
+    config, rounded = AespaConfig(objective=job["objective"], **recipe), copy.deepcopy(model)
+    start = time.process_time()
     quantize_model(rounded, calib, config)
     seconds = time.process_time() - start
     scores = evaluate_model(rounded, heldout, model)._asdict()

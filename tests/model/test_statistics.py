@@ -129,7 +129,7 @@ def test_phases_are_named_where_they_happen():
 def test_a_constant_factor_before_attention_is_in_the_losses():
     "OPT scales its queries. Measured position maps contain such a factor without knowing of it."
     with first_block("opt") as (model, block, stream):
-        assert survey(model, block, stream).attentions[0].roles["q"].gain == 8**-0.5
+        assert survey(model, block, stream).attentions[0].roles["q"].gain == pytest.approx(8**-0.5)
         known = block_losses(model, block, stream, "attention", torch.float64).losses
         with mock.patch("aespa_nb.model.statistics._same_position", lambda q, k: False):
             measured = block_losses(model, block, stream, "attention", torch.float64).losses

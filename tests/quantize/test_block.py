@@ -36,8 +36,8 @@ def test_losses_are_damped_by_the_recipes_share(objective):
             continue
         for M, more in zip(matrices, damped[name][1:]):
             if M is not None:
-                mean = M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-                assert_close(more - M, (0.25 * mean * torch.eye(M.shape[-1])).expand(M.shape).to(M), atol=1e-9, rtol=1e-6)
+                share = 0.25 * M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(M.shape[-1]).to(M)
+                assert_close(more - M, share, atol=1e-9, rtol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
