@@ -10,6 +10,7 @@ help:
 	@echo "aespa_nb: attention-aware quantization, taught by the notebooks it is built from"
 	@echo
 	@echo "  make demo             quantize the bundled model to 2 and 3 bits and compare the methods (into build/demo)"
+	@echo "  make smollm2          fetch a language model of 135 million parameters, and a book to calibrate it with"
 	@echo "  make lab              open the tour and the chapters in JupyterLab (as root: ARGS=--allow-root)"
 	@echo "  make docs             build the site (docs/_build/html/index.html)"
 	@echo "  make test             everything CI checks, some 15 minutes on 2 cores"
@@ -32,6 +33,10 @@ help:
 demo: $(RUN)
 	@rm -rf build/demo
 	$(PY) -m aespa_nb demo --out build/demo
+
+smollm2: $(RUN)
+	$(PY) -m aespa_nb fetch smollm2
+	$(PY) -m aespa_nb fetch handbook
 
 lab: $(DEV)
 	MATPLOTLIBRC=$(CURDIR)/tools/matplotlibrc $(PY) -m jupyterlab --notebook-dir=nbs \
@@ -88,7 +93,7 @@ clean:
 
 # Stamps: made again when what is to be installed has changed.
 $(RUN): pyproject.toml constraints.txt tools/install.py
-	$(PYTHON) tools/install.py fast
+	$(PYTHON) tools/install.py fast,fetch
 	@touch $@
 
 $(DEV): $(RUN)
@@ -96,4 +101,4 @@ $(DEV): $(RUN)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab docs test export notebooks records reference constraints audit clean
+.PHONY: help demo smollm2 lab docs test export notebooks records reference constraints audit clean

