@@ -23,7 +23,7 @@ OBJECTIVES = "layer", "attention", "gauss-newton"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--models", nargs="+", choices=TEXTS, default=list(TEXTS))
 parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-parser.add_argument("--parts", nargs="+", default=["qkv", "q", "k", "v"], help="one kind alone: the first seed only")
+parser.add_argument("--parts", nargs="*", default=["qkv", "q", "k", "v"], help="one kind alone: the first seed only")
 args = parser.parse_args()
 
 
