@@ -18,5 +18,5 @@ def test_max_is_best_with_tuned_scales():
 
 
 def test_fields_are_named():
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="positional"):
         Recipe(3)
