@@ -13,7 +13,7 @@ help:
 	@echo "  make smollm2          fetch a language model of 135 million parameters, and a book to calibrate it with"
 	@echo "  make lab              open the tour and the chapters in JupyterLab (as root: ARGS=--allow-root)"
 	@echo "  make docs             build the site (docs/_build/html/index.html)"
-	@echo "  make test             everything CI checks, some 15 minutes on 2 cores"
+	@echo "  make test             everything CI checks, 15 to 20 minutes on 2 cores"
 	@echo
 	@echo "After an edit in nbs/:"
 	@echo "  make export           notebooks -> library and README"
