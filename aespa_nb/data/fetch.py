@@ -190,7 +190,7 @@ ITEMS = {
 }
 MODELS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the models among them, on the hub
 
-
+# %% ../../nbs/data/29_fetch.ipynb #29fetchq
 def fetch(
     name: str,  # of `ITEMS`
     hub: bool = False,  # a model's own weights from the Hugging Face hub, where it has them
