@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .gauss_newton import pair_weights, softmax_covariances, strided
+from .gauss_newton import pair_weights, strided
 from .kronecker_losses import KroneckerLoss, add_attended
 from ..errors import AespaError
 from ..notation import Hessian
@@ -19,7 +19,7 @@ from ..rounding.hessian import one_thread
 # %% ../../nbs/attention/24_any_position.ipynb #2fde269c
 def _pull_back(T, y, z, rows):
     "`J^T z` at every token: `[batch tok heads rows]`, of the rows that belong to each head."
-    (g,) = torch.autograd.grad(T, y, z, retain_graph=True)
+    (g,) = torch.autograd.grad(T, y, z.to(T), retain_graph=True)
     return g.reshape(len(T), -1, g.shape[-1])[..., rows]
 
 
@@ -29,55 +29,51 @@ def _add_square(total, g):
 
 
 def _root(M):
-    "A square root `S` of a positive semi-definite matrix: `S S^T = M`; its columns are the vectors z."
+    "A square root `S` of a positive semi-definite matrix: `S S^T = M`."
     with one_thread():
         values, vectors = torch.linalg.eigh(M)
     return vectors * values.clamp(min=0).sqrt()[..., None, :]
 
 # %% ../../nbs/attention/24_any_position.ipynb #b580af71
-def _add_attention(total, T, y, rows, other, n_kv_heads) -> None:
-    "Adds `sum_m J_m^T M J_m` of the queries (or keys) `T`; M is the second moment of the keys (or queries) `other`."
+def _attention_vector(T, other, n_kv_heads, normal):
+    "Random vectors with the second moment of the keys (or queries) `other`, one for each position of `T`."
     M = (other @ other.mT / other.shape[-1]).unflatten(1, (n_kv_heads, -1)).mean(2)  # [batch kv d d], mean over a group
-    for column in _root(M.repeat_interleave(T.shape[1] // n_kv_heads, 1)).unbind(-1):
-        z = column[..., None].expand(T.shape).contiguous()
-        _add_square(total, _pull_back(T, y, z, rows))
+    S = _root(M.repeat_interleave(T.shape[1] // n_kv_heads, 1))
+    return lambda: S @ normal(T.shape)
 
 # %% ../../nbs/attention/24_any_position.ipynb #e73cf8a6
-def _covariances(A, V, K, metric):
-    "`M^(1/2) C_m` of the queries of `A`: `[batch heads queries d_v d]`."
-    group = A.shape[1] // K.shape[1]
-    C = [softmax_covariances(a, V[:, h // group], K[:, h // group]) for h, a in enumerate(A.to(V).unbind(1))]
-    C = torch.stack(C, 1)
-    return C if metric is None else _root(metric).mT[:, None] @ C
+def _gauss_newton_q_vector(Q, K, V, A, at, metric, normal):
+    "Random vectors with second moment `C_m^T M C_m` at the queries `at`, zero at the others."
+    repeat = lambda T: T.repeat_interleave(Q.shape[1] // K.shape[1], 1)
+    K, V, A, S = repeat(K), repeat(V), A[:, :, at].to(V), None if metric is None else _root(metric)
 
-
-def _add_gauss_newton_q(total, Q, C, y, rows, at) -> None:
-    "Adds `sum_m J_m^T C_m^T M C_m J_m` of the queries `at`, whose `_covariances` are `C`."
-    for row in C.unbind(-2):
+    def draw():
+        e = normal((*A.shape[:3], V.shape[2]))
+        U = (e if S is None else e @ S.mT) @ V
         z = torch.zeros_like(Q)
-        z[..., at] = row.mT
-        _add_square(total, _pull_back(Q, y, z, rows)[:, at])
+        z[..., at] = (A * (U - (A * U).sum(-1, keepdim=True)) @ K.mT).mT
+        return z
+
+    return draw
 
 # %% ../../nbs/attention/24_any_position.ipynb #195281a9
-def _root_weights(A, V, metric):
-    "Square roots of the weights of all pairs of a query of `A` and a key: `[batch kv group queries keys]`."
-    group = A.shape[1] // V.shape[1]
-    heads = [slice(g * group, g * group + group) for g in range(V.shape[1])]  # that share a KV head
-    W = [pair_weights(A[:, h].to(V), v, None if metric is None else metric[h]) for h, v in zip(heads, V.unbind(1))]
-    return torch.stack(W, 1).clamp(min=0).sqrt()
+def _gauss_newton_k_vector(Q, V, A, at, metric, normal):
+    "Random vectors with second moment `sum_m w_mj q_m q_m^T` at every key: sums over the queries `at` of a group."
+    kv, A, Q = V.shape[1], A[:, :, at].to(V), Q[..., at]
+    heads = [slice(g * len(A[0]) // kv, (g + 1) * len(A[0]) // kv) for g in range(kv)]  # that share a KV head
+    W = [pair_weights(A[:, h], v, None if metric is None else metric[h]) for h, v in zip(heads, V.unbind(1))]
+    W = torch.stack(W, 1).clamp(min=0).sqrt().flatten(2, 3)  # [batch kv queries keys]
+    Q = Q.unflatten(1, (kv, -1)).transpose(2, 3).flatten(3)  # [batch kv d queries]
+    return lambda: Q @ (W * normal(W.shape))
 
-
-def _add_gauss_newton_k(sums, Q, K, W, X, y, rows) -> None:
-    "Adds `w_mj J_j^T q_m q_m^T J_j` of the queries `Q` and all keys to `sums`: of G, of H, of the trace of the whole."
-    (gk, hk, trace), group, X2 = sums, W.shape[2], X.square().sum(1)
-    for i in range(group):
-        for m in range(Q.shape[-1]):
-            g = _pull_back(K, y, W[:, :, i, m, None] * Q[:, i::group, :, m, None], rows)
-            _add_square(gk, g)
-            per_key = g.square().sum(-1)  # [batch keys kv]
-            trace += (per_key * X2[..., None]).sum((0, 1))
-            for total, w in zip(hk, per_key.unbind(-1)):
-                total.addmm_((X * w[:, None]).movedim(1, 0).flatten(1), X.movedim(1, 0).flatten(1).T)
+# %% ../../nbs/attention/24_any_position.ipynb #24weig02
+def _add_weighted(total, trace, g, X) -> None:
+    "Adds `|g_j|^2 x_j x_j^T` to `total`, head by head, and its trace to `trace`."
+    per_key = g.square().sum(-1)  # [batch keys heads]
+    trace += (per_key * X.square().sum(1)[..., None]).sum((0, 1))
+    rows = X.movedim(1, 0).flatten(1)
+    for one, w in zip(total, per_key.flatten(0, 1).T):
+        one.addmm_(rows * w, rows.T)
 
 # %% ../../nbs/attention/24_any_position.ipynb #43244637
 class MeasuredStatistics:
@@ -96,8 +92,10 @@ class MeasuredStatistics:
         metric: Float[Tensor, "n_heads d_v d_v"] | None = None,  # `output_metric`, for Gauss-Newton
         scaling: float = 1.0,  # of the scores
         stride: int = 16,  # the Gauss-Newton sums take every `stride`-th query
+        probes: int = 8,  # random vectors at each token
     ):
         self.rows, self.objective, self.metric, self.scaling = rows, objective, metric, scaling
+        self.probes, self.generator = probes, torch.Generator(device or "cpu").manual_seed(0)
         self.stride, self.queries, self.tokens, self.keys, self.group = stride, 0, 0, 0, 1
         zeros = lambda *shape: torch.zeros(*shape, device=device, dtype=dtype)
         square = lambda role: zeros(*rows[role].shape, rows[role].shape[1]) if role in rows else None
@@ -116,21 +114,25 @@ class MeasuredStatistics:
         y: dict[str, Float[Tensor, "batch tok out"]],  # outputs of the linears of q and k
     ) -> None:
         "Adds one batch."
-        rows, V, plain, at = self.rows, V.detach(), self.objective == "attention", strided(Q.shape[-1], self.stride)
-        if "q" in rows and plain:
-            _add_attention(self.gq, Q, y["q"], rows["q"], K.detach(), K.shape[1])
-        elif "q" in rows:
-            C = _covariances(A[:, :, at], V, K.detach(), self.metric)
-            _add_gauss_newton_q(self.gq, Q, C, y["q"], rows["q"], at)
-        if "k" in rows and plain:
-            _add_attention(self.gk, K, y["k"], rows["k"], Q.detach(), K.shape[1])
-        elif "k" in rows:
-            sums, W = (self.gk, self.hk, self.trace), _root_weights(A[:, :, at], V, self.metric)
-            _add_gauss_newton_k(sums, Q.detach()[..., at], K, W, X["k"].to(self.hk), y["k"], rows["k"])
-        if "v" in rows:
+        plain, at = self.objective == "attention", strided(Q.shape[-1], self.stride)
+        q, k, V = Q.detach().to(V), K.detach().to(V), V.detach()
+        normal = lambda shape: torch.randn(shape, generator=self.generator, device=V.device, dtype=V.dtype)
+        if "q" in self.rows:
+            weighed = q, k, V, A, at, self.metric, normal
+            draw = _attention_vector(q, k, K.shape[1], normal) if plain else _gauss_newton_q_vector(*weighed)
+            for _ in range(self.probes):
+                _add_square(self.gq, _pull_back(Q, y["q"], draw(), self.rows["q"]))
+        if "k" in self.rows:
+            weighed = q, V, A, at, self.metric, normal
+            draw = _attention_vector(k, q, K.shape[1], normal) if plain else _gauss_newton_k_vector(*weighed)
+            for _ in range(self.probes):
+                _add_square(self.gk, g := _pull_back(K, y["k"], draw(), self.rows["k"]))
+                if not plain:
+                    _add_weighted(self.hk, self.trace, g, X["k"].to(self.hk))
+        if "v" in self.rows:
             add_attended(self.hv, X["v"].to(self.hv), A)
         self.group = Q.shape[1] // K.shape[1]
-        self.queries += len(Q) * len(at)
+        self.queries += len(Q) * len(at) * self.probes
         self.tokens += len(Q) * Q.shape[-1]
         self.keys += len(K) * K.shape[-1]
 
@@ -140,10 +142,10 @@ class MeasuredStatistics:
             raise AespaError("no tokens were added: pass calibration data")
         plain, losses = self.objective == "attention", {}
         if "q" in self.rows:
-            mean = 1 / self.tokens if plain else self.scaling**2 / self.queries
+            mean = 1 / self.tokens / self.probes if plain else self.scaling**2 / self.queries
             losses["q"] = KroneckerLoss(H["q"], self.gq * mean)
         if "k" in self.rows and plain:
-            losses["k"] = KroneckerLoss(H["k"], self.gk / self.keys)
+            losses["k"] = KroneckerLoss(H["k"], self.gk / self.keys / self.probes)
         elif "k" in self.rows:
             trace = lambda M: M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[:, None, None]
             size = self.trace[:, None, None] * (self.scaling**2 / self.queries / self.group)

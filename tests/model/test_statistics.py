@@ -62,16 +62,23 @@ class Halves:
             setattr(s, name, v + other)
 
 
+def apart(A, B):
+    "Relative distance."
+    return ((A - B).norm() / B.norm()).item()
+
+
 @pytest.mark.parametrize("objective", ["layer", "attention", "gauss-newton"])
 @pytest.mark.parametrize("kind", ["llama", "opt", "neox"])
 def test_what_two_processes_have_read_adds_up(kind, objective):
-    whole, team = read(kind, TOKENS, objective), Halves()
-    read(kind, TOKENS[:2], objective, team)
-    both = read(kind, TOKENS[2:], objective, team)
+    with mock.patch.dict(MeasuredStatistics.__init__.__kwdefaults__, probes=500):
+        whole, team = read(kind, TOKENS, objective), Halves()
+        read(kind, TOKENS[:2], objective, team)
+        both = read(kind, TOKENS[2:], objective, team)
+    chance = 0.1 if kind == "neox" and objective != "layer" else 1e-5  # measured with random vectors
     assert whole.losses.keys() == both.losses.keys() == whole.accumulated_errors.keys()
     for key, loss in whole.losses.items():
-        assert_close(both.losses[key].H, loss.H)
-        assert (loss.G is None) or torch.allclose(both.losses[key].G, loss.G)
+        assert apart(both.losses[key].H, loss.H) < chance
+        assert loss.G is None or apart(both.losses[key].G, loss.G) < chance
         for a, b in zip(whole.accumulated_errors[key], both.accumulated_errors[key]):
             assert (a is None) == (b is None) and (a is None or torch.allclose(a, b))
 
@@ -131,8 +138,9 @@ def test_a_constant_factor_before_attention_is_in_the_losses():
     with first_block("opt") as (model, block, stream):
         assert survey(model, block, stream).attentions[0].roles["q"].gain == pytest.approx(8**-0.5)
         known = block_losses(model, block, stream, "attention", torch.float64).losses
-        with mock.patch("aespa_nb.model.statistics._same_position", lambda q, k: False):
+        many = mock.patch.dict(MeasuredStatistics.__init__.__kwdefaults__, probes=4000)
+        with many, mock.patch("aespa_nb.model.statistics._same_position", lambda q, k: False):
             measured = block_losses(model, block, stream, "attention", torch.float64).losses
     for name in ("self_attn.q_proj", "self_attn.k_proj"):
-        assert_close(known[name].G, measured[name].G)
+        assert apart(measured[name].G, known[name].G) < 0.05
         assert_close(known[name].H, measured[name].H)
