@@ -61,15 +61,16 @@ def _close(a, b) -> bool:
 
 def _position(T, y, rows) -> tuple[str, Rotations | None, float]:
     "What turns `y` into `T`: (kind, rotations, constant factor)."
-    d, z, entries = T.shape[-2], torch.zeros_like(T), []
+    d, z, sums = T.shape[-2], torch.zeros_like(T), []
     if rows.shape[1] != d:
         return "measured", None, 1.0
-    for i in range(d):  # if the first head is turned by halves: entries (i, i) and (i, i + d/2) of its Jacobian
-        z[0, 0, i] = 1
-        row = _gradients(T, [y], z)[0].reshape(-1, y.shape[-1])[:, rows[0]]
-        entries.append((row[:, i], row[:, (i + d // 2) % d] * (-1 if i < d // 2 else 1)))
-        z[0, 0, i] = 0
-    cos, sin = (torch.stack(e) for e in zip(*entries))  # [d tok]
+    half = 0 if d % 2 else d // 2
+    for entries in (slice(half), slice(half, None)):  # rows of the first head's Jacobian, added up
+        z[0, 0, entries] = 1
+        sums.append(_gradients(T, [y], z)[0].reshape(-1, y.shape[-1])[:, rows[0]].mT)
+        z[0, 0, entries] = 0
+    upper, lower = sums  # if halves are turned: (cos, -sin) and (sin, cos), each [d tok]
+    cos, sin = torch.cat([upper[:half], lower[half:]]), torch.cat([-upper[half:], lower[:half]])
     Y, T = y.detach().reshape(1, -1, y.shape[-1])[..., rows].permute(0, 2, 3, 1), T.detach()
     T = T[:, :: T.shape[1] // len(rows)]  # heads that share their rows come repeated
     if _close(Y * cos.mean(), T):
