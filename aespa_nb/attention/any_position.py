@@ -73,7 +73,7 @@ def _add_weighted(total, trace, g, X) -> None:
     trace += (per_key * X.square().sum(1)[..., None]).sum((0, 1))
     rows = X.movedim(1, 0).flatten(1)
     for one, w in zip(total, per_key.flatten(0, 1).T):
-        one.addmm_(rows * w, rows.T)
+        one.addmm_(rows * w.to(rows), rows.T)
 
 # %% ../../nbs/attention/24_any_position.ipynb #43244637
 class MeasuredStatistics:
@@ -127,8 +127,7 @@ class MeasuredStatistics:
             draw = _attention_vector(k, q, K.shape[1], normal) if plain else _gauss_newton_k_vector(*weighed)
             for _ in range(self.probes):
                 _add_square(self.gk, g := _pull_back(K, y["k"], draw(), self.rows["k"]))
-                if not plain:
-                    _add_weighted(self.hk, self.trace, g, X["k"].to(self.hk))
+                _add_weighted(self.hk, self.trace, g, X["k"].to(self.hk))
         if "v" in self.rows:
             add_attended(self.hv, X["v"].to(self.hv), A)
         self.group = Q.shape[1] // K.shape[1]
@@ -144,11 +143,10 @@ class MeasuredStatistics:
         if "q" in self.rows:
             mean = 1 / self.tokens / self.probes if plain else self.scaling**2 / self.queries
             losses["q"] = KroneckerLoss(H["q"], self.gq * mean)
-        if "k" in self.rows and plain:
-            losses["k"] = KroneckerLoss(H["k"], self.gk / self.keys / self.probes)
-        elif "k" in self.rows:
+        if "k" in self.rows:
             trace = lambda M: M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[:, None, None]
-            size = self.trace[:, None, None] * (self.scaling**2 / self.queries / self.group)
+            mean = 1 / self.keys / self.probes if plain else self.scaling**2 / self.queries / self.group
+            size = self.trace[:, None, None] * mean
             losses["k"] = KroneckerLoss(self.hk / trace(self.hk) * size, self.gk / trace(self.gk))
         if "v" in self.rows:
             metric = None if plain or self.metric is None else self.metric.unflatten(0, (len(self.hv), -1)).mean(1)

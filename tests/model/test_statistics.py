@@ -133,6 +133,11 @@ def test_phases_are_named_where_they_happen():
     assert set(seconds) == {"other", "survey", "forward", "hessians", "attention", "target"}
 
 
+def whole(loss):
+    "G as heavy as the pair of matrices."
+    return loss.G * loss.H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+
 def test_a_constant_factor_before_attention_is_in_the_losses():
     "OPT scales its queries. Measured position maps contain such a factor without knowing of it."
     with first_block("opt") as (model, block, stream):
@@ -142,5 +147,4 @@ def test_a_constant_factor_before_attention_is_in_the_losses():
         with many, mock.patch("aespa_nb.model.statistics._same_position", lambda q, k: False):
             measured = block_losses(model, block, stream, "attention", torch.float64).losses
     for name in ("self_attn.q_proj", "self_attn.k_proj"):
-        assert apart(measured[name].G, known[name].G) < 0.05
-        assert_close(known[name].H, measured[name].H)
+        assert apart(whole(measured[name]), whole(known[name])) < 0.1
