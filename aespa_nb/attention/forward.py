@@ -66,7 +66,7 @@ def repeat_kv(
     K: Float[Tensor, "*batch n_kv_heads d_head tok"],  # keys or values
     n_heads: int,  # query heads: a multiple of `n_kv_heads`
 ) -> Float[Tensor, "*batch {n_heads} d_head tok"]:  # every KV head once for each query head of its group
-    "Repeats KV heads for the query heads that share them. Raises `AespaError` if the groups are not equal."
+    "Grouped-query attention (GQA): repeats the KV heads that query heads share. `AespaError` for unequal groups."
     n_kv_heads = K.shape[-3]
     if n_heads % n_kv_heads:
         raise AespaError(f"{n_heads} query heads can't share {n_kv_heads} KV heads in equal groups")

@@ -126,10 +126,11 @@ class Text(NamedTuple):
 def read_text(
     source: str,  # spelled as in the table above
     evaluation: bool = False,  # what measures instead of what calibrates
+    tokenizer: PreTrainedTokenizerBase | None = None,  # its chat template makes text of conversations
 ) -> Text:
     "The text of one split and where it is from. Raises `AespaError` with what to do if it cannot be had."
     if source in CORPORA:
-        return _read_split(CORPORA[source], evaluation)
+        return _read_split(CORPORA[source], evaluation, tokenizer)
     if source == "handbook":
         split = "heldout" if evaluation else "calibration"
         text = (need_fetched(source) / f"{split}.txt").read_text(encoding="utf-8")
@@ -140,18 +141,19 @@ def read_text(
     if len(rest) > (int(path.suffix in _TABLES) if path.is_file() else 2):
         raise AespaError(f"{source!r} has too many colons: name:split:column, file.jsonl:column, or a text file alone")
     if path.is_file():
-        return _read_file(path, *rest, evaluation=evaluation)
-    return _read_split(_corpus(place, *rest), evaluation)
+        return _read_file(path, *rest, evaluation=evaluation, tokenizer=tokenizer)
+    return _read_split(_corpus(place, *rest), evaluation, tokenizer)
 
 # %% ../../nbs/data/30_text.ipynb #c13file0
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def _read_file(path: Path, column: str = "text", evaluation: bool = False) -> Text:
+def _read_file(path: Path, column: str = "text", evaluation: bool = False, tokenizer=None) -> Text:
     "The first nine tenths or the last tenth of a file."
     if path.suffix in _TABLES:
         options = {"data_files": {"train": str(path)}, "streaming": True}
-        text = _read_split(Corpus(_TABLES[path.suffix], options, column=column), name=str(path)).text
+        corpus = Corpus(_TABLES[path.suffix], options, column=column)
+        text = _read_split(corpus, tokenizer=tokenizer, name=str(path)).text
     else:
         text = _plain(path)
     cut = len(text) * 9 // 10
@@ -186,7 +188,13 @@ def _corpus(place: str, split: str = "", column: str = "text") -> Corpus:
     return Corpus(hub[1], options, column=column, documents=(20_000, None), **splits)
 
 # %% ../../nbs/data/30_text.ipynb #aa712080
-def _read_split(corpus: Corpus, evaluation: bool = False, name: str = "") -> Text:
+def _in_words(document, tokenizer):
+    "A conversation as the model's chat template writes it; anything else as it is."
+    talk = isinstance(document, list) and getattr(tokenizer, "chat_template", None)
+    return tokenizer.apply_chat_template(document, tokenize=False) if talk else document
+
+
+def _read_split(corpus: Corpus, evaluation: bool = False, tokenizer=None, name: str = "") -> Text:
     "The documents of the first wanted split that exists, joined."
     name = name or "/".join(filter(None, (corpus.path, corpus.options.get("name"))))  # repository and configuration
     wanted = corpus.evaluation if evaluation else corpus.calibration
@@ -196,8 +204,10 @@ def _read_split(corpus: Corpus, evaluation: bool = False, name: str = "") -> Tex
         wanted, there = " or ".join(wanted), ", ".join(splits)
         raise AespaError(f"{name} has no split {wanted}, but {there}: write {name}:SPLIT:COLUMN")
     rows = _fetch(name, lambda: list(islice(splits[split], corpus.documents[evaluation])))
-    documents = [r.get(corpus.column) for r in rows]
+    documents = [_in_words(r.get(corpus.column), tokenizer) for r in rows]
     if not documents or not all(isinstance(d, str) for d in documents):
+        if any(isinstance(d, list) for d in documents):
+            raise AespaError(f"{name} holds conversations, and the tokenizer has no chat template: give plain text")
         columns = ", ".join(rows[0]) if rows else "no rows"
         raise AespaError(f"{name} has no text in column {corpus.column!r} of {split}; it has: {columns}")
     return Text(corpus.join.join(documents), name, split)
@@ -255,7 +265,7 @@ def _run_of_tokens(source: str, tokenizer: PreTrainedTokenizerBase, evaluation: 
         bundled = load_reference()
         tokens, split = (bundled.heldout, "held-out documents") if evaluation else (bundled.calib, "training text")
         return tokens.flatten(), [], "bundled with aespa_nb", split
-    text, place, split = read_text(source, evaluation)
+    text, place, split = read_text(source, evaluation, tokenizer)
     try:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # a long text is expected
         bos = begins_with_bos(tokenizer) if bos is None else bos

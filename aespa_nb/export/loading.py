@@ -18,7 +18,7 @@ from ..model.checkpoint import load_checkpoint, load_tokenizer
 
 # %% ../../nbs/export/74_loading.ipynb #6df50df2
 def load_model(
-    source: str,  # "reference", "smollm2" once it is fetched, a folder, or a name on the Hugging Face hub
+    source: str | Path,  # "reference", "smollm2" once it is fetched, a folder, or a name on the Hugging Face hub
     dtype: torch.dtype | None = None,  # None: as stored; float32 for the reference model
     trust_remote_code: bool = False,  # run code that comes with the checkpoint
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -34,4 +34,4 @@ def load_model(
     if ours and '"quant_method": "gptq"' in config.read_text(errors="replace"):
         model = read_quantized(folder).model
         return model.to(dtype or model.dtype), load_tokenizer(folder)
-    return load_checkpoint(source, dtype, trust_remote_code)
+    return load_checkpoint(str(source), dtype, trust_remote_code)

@@ -144,6 +144,22 @@ def test_tables_and_folders_on_disk(tmp_path):
         read_text(f"{tmp_path}/set:dev:body")
 
 
+def test_conversations_become_text_by_the_chat_template(tmp_path):
+    tokenizer = load_reference().tokenizer
+    talk = lambda i: [dict(role="user", content=f"question {i}"), dict(role="assistant", content="yes")]
+    rows = [dict(messages=talk(i)) for i in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = f"{tmp_path}/chat.jsonl:messages"
+    with pytest.raises(AespaError, match="no chat template"):
+        calibration_windows(source, tokenizer, 2, 16)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    assert read_text(source, tokenizer=tokenizer).text.startswith(
+        "<user> question 0 <assistant> yes \n\n<user> question 1"
+    )
+    first = tokenizer.decode(calibration_windows(source, tokenizer, 1, 16).tokens[0])
+    assert "user" in first or "assistant" in first
+
+
 @settings(deadline=None, derandomize=True, database=None, max_examples=50)
 @given(seed=st.integers(0, 10**6), run=st.integers(1, 6), letters=st.integers(2, 4))
 def test_shared_text_is_the_share_of_runs_found(seed, run, letters):
