@@ -59,7 +59,7 @@ def full_perplexity(name):
 
 
 def two_means(H, losses):
-    "The pair of K as if a token's Jacobian had nothing to do with its input: what chapter 24 warns of."
+    "The pair of K as if a token's Jacobian had nothing to do with its input: what the chapter on positions warns of."
     return losses | ({"k": KroneckerLoss(H["k"], losses["k"].G)} if "k" in losses else {})
 
 
@@ -141,5 +141,5 @@ if __name__ == "__main__":
     resume("attention", [dict(model=name) for name in args.models], look)
     for name, part, seed in itertools.product(args.models, args.parts, args.seeds):
         if seed == args.seeds[0] or (part == "qkv" and name != MEASURED):
-            objectives = (*OBJECTIVES, "two means") if name == MEASURED and part in ("qkv", "k") else OBJECTIVES
+            objectives = (*OBJECTIVES, "two means") if name == MEASURED and part == "k" else OBJECTIVES
             resume("pays", [dict(model=name, part=part, objective=o, seed=seed) for o in objectives], round_some)

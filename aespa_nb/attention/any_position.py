@@ -119,7 +119,8 @@ class MeasuredStatistics:
         normal = lambda shape: torch.randn(shape, generator=self.generator, device=V.device, dtype=V.dtype)
         if "q" in self.rows:
             weighed = q, k, V, A, at, self.metric, normal
-            draw = _attention_vector(q, k, K.shape[1], normal) if plain else _gauss_newton_q_vector(*weighed)
+            apart = k - k.mean(-1, keepdim=True)
+            draw = _attention_vector(q, apart, K.shape[1], normal) if plain else _gauss_newton_q_vector(*weighed)
             for _ in range(self.probes):
                 _add_square(self.gq, _pull_back(Q, y["q"], draw(), self.rows["q"]))
         if "k" in self.rows:
