@@ -67,19 +67,17 @@ def _gauss_newton_k_vector(Q, V, A, at, metric, normal):
     return lambda: Q @ (W * normal(W.shape))
 
 # %% ../../nbs/attention/24_any_position.ipynb #24weig02
-def _add_weighted(total, trace, g, X) -> None:
-    "Adds `|g_j|^2 x_j x_j^T` to `total`, head by head, and its trace to `trace`."
-    per_key = g.square().sum(-1)  # [batch keys heads]
-    trace += (per_key * X.square().sum(1)[..., None]).sum((0, 1))
+def _add_weighted(total, g, X) -> None:
+    "Adds `|g_j|^2 x_j x_j^T` to `total`, head by head."
     rows = X.movedim(1, 0).flatten(1)
-    for one, w in zip(total, per_key.flatten(0, 1).T):
+    for one, w in zip(total, g.square().sum(-1).flatten(0, 1).T):
         one.addmm_(rows * w.to(rows), rows.T)
 
 # %% ../../nbs/attention/24_any_position.ipynb #43244637
 class MeasuredStatistics:
     "Streaming statistics of one attention call with measured position maps, and the losses made of them."
 
-    SUMS = "gq", "gk", "hk", "hv", "trace", "queries", "tokens", "keys"  # what adds up
+    SUMS = "gq", "gk", "hk", "hv", "queries", "tokens", "keys"  # what adds up
 
     def __init__(
         self,
@@ -101,7 +99,6 @@ class MeasuredStatistics:
         square = lambda role: zeros(*rows[role].shape, rows[role].shape[1]) if role in rows else None
         weighted = lambda role: zeros(len(rows[role]), inp[role], inp[role]) if role in rows else None
         self.gq, self.gk, self.hk, self.hv = square("q"), square("k"), weighted("k"), weighted("v")
-        self.trace = zeros(len(rows.get("k", ())))
 
     @torch.no_grad()
     def add(
@@ -128,7 +125,7 @@ class MeasuredStatistics:
             draw = _attention_vector(k, q, K.shape[1], normal) if plain else _gauss_newton_k_vector(*weighed)
             for _ in range(self.probes):
                 _add_square(self.gk, g := _pull_back(K, y["k"], draw(), self.rows["k"]))
-                _add_weighted(self.hk, self.trace, g, X["k"].to(self.hk))
+                _add_weighted(self.hk, g, X["k"].to(self.hk))
         if "v" in self.rows:
             add_attended(self.hv, X["v"].to(self.hv), A)
         self.group = Q.shape[1] // K.shape[1]
@@ -145,10 +142,9 @@ class MeasuredStatistics:
             mean = 1 / self.tokens / self.probes if plain else self.scaling**2 / self.queries
             losses["q"] = KroneckerLoss(H["q"], self.gq * mean)
         if "k" in self.rows:
-            trace = lambda M: M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[:, None, None]
             mean = 1 / self.keys / self.probes if plain else self.scaling**2 / self.queries / self.group
-            size = self.trace[:, None, None] * mean
-            losses["k"] = KroneckerLoss(self.hk / trace(self.hk) * size, self.gk / trace(self.gk))
+            size = self.gk.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[:, None, None]
+            losses["k"] = KroneckerLoss(self.hk * mean, self.gk / size)
         if "v" in self.rows:
             metric = None if plain or self.metric is None else self.metric.unflatten(0, (len(self.hv), -1)).mean(1)
             losses["v"] = KroneckerLoss(self.hv / self.tokens, metric)
