@@ -90,7 +90,7 @@ class MeasuredStatistics:
         metric: Float[Tensor, "n_heads d_v d_v"] | None = None,  # `output_metric`, for Gauss-Newton
         scaling: float = 1.0,  # of the scores
         stride: int = 16,  # the Gauss-Newton sums take every `stride`-th query
-        probes: int = 8,  # random vectors at each token
+        probes: int = 32,  # random vectors at each token
     ):
         self.rows, self.objective, self.metric, self.scaling = rows, objective, metric, scaling
         self.probes, self.generator = probes, torch.Generator(device or "cpu").manual_seed(0)
