@@ -18,9 +18,8 @@ SAMPLED = "--samples 64 --eval-samples 128".split()
 DEMO = """import json; from aespa_nb.experiments.records import *; found = json.load(open("build/demo/results.json"))
 write_record("nbs/runs/demo.json", found | dict(made=stamp(found["run"]["options"])))"""
 ENV = os.environ | dict(OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="262144")  # peaks of memory are the algorithm's
-RESUMES = (
-    "pays attention smollm2 bits texts arithmetic families hostile torture faults campaign layers precompute".split()
-)
+RESUMES = "bits texts arithmetic families hostile torture pays attention smollm2 faults campaign layers".split()
+RESUMES += ["precompute"]
 OWNERS = {  # record -> the commands that make it, as words behind `python`
     "compare-reference": [[*COMPARE, "reference", "--presets", *METHODS, *"--bits 2 3 4 --group-sizes 0 64".split(),
                            *"--seeds 0 1 2".split(), *SAMPLED, "--out", "nbs/runs/compare-reference"]],
@@ -32,7 +31,7 @@ OWNERS = {  # record -> the commands that make it, as words behind `python`
     "precompute": [[f"{HERE}/campaign.py", "precompute"]],
     "faults": [[f"{HERE}/faults.py", *words.split()] for words in (
         "kills --count 300", "kills --count 100 --ranks 2", "disk --count 30")],
-    **{name: [[f"{HERE}/{name}.py"]] for name in RESUMES[3:9]},
+    **{name: [[f"{HERE}/{name}.py"]] for name in RESUMES[:6]},
     "pays": [[f"{HERE}/pays.py"]],
     "attention": [[f"{HERE}/pays.py", "--parts"]],
     "smollm2": [[f"{HERE}/smollm2.py"]],

@@ -22,12 +22,12 @@ TEXT = "handbook", 32, 512, 12  # calibration windows, their tokens, windows tha
 
 def answers(model, tokenizer):
     "The first words of the answer to each prompt, without sampling."
-    said = []
+    said = {}
     for prompt in PROMPTS:
         chat = [dict(role="user", content=prompt)]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         out = model.generate(**ids, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        said.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+        said[prompt] = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     return said
 
 

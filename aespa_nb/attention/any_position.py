@@ -67,10 +67,10 @@ def _gauss_newton_k_vector(Q, V, A, at, metric, normal):
     return lambda: Q @ (W * normal(W.shape))
 
 # %% ../../nbs/attention/24_any_position.ipynb #24weig02
-def _add_weighted(total, g, X) -> None:
-    "Adds `|g_j|^2 x_j x_j^T` to `total`, head by head."
+def _add_weighted(total, weights, X) -> None:
+    "Adds `w_j x_j x_j^T` to `total`, head by head; `weights` `[batch tok heads]`."
     rows = X.movedim(1, 0).flatten(1)
-    for one, w in zip(total, g.square().sum(-1).flatten(0, 1).T):
+    for one, w in zip(total, weights.flatten(0, 1).T):
         one.addmm_(rows * w.to(rows), rows.T)
 
 # %% ../../nbs/attention/24_any_position.ipynb #43244637
@@ -123,9 +123,11 @@ class MeasuredStatistics:
         if "k" in self.rows:
             weighed = q, V, A, at, self.metric, normal
             draw = _attention_vector(k, q, K.shape[1], normal) if plain else _gauss_newton_k_vector(*weighed)
+            weights = 0
             for _ in range(self.probes):
                 _add_square(self.gk, g := _pull_back(K, y["k"], draw(), self.rows["k"]))
-                _add_weighted(self.hk, g, X["k"].to(self.hk))
+                weights = weights + g.square().sum(-1)
+            _add_weighted(self.hk, weights, X["k"].to(self.hk))
         if "v" in self.rows:
             add_attended(self.hv, X["v"].to(self.hv), A)
         self.group = Q.shape[1] // K.shape[1]

@@ -153,9 +153,8 @@ def test_conversations_become_text_by_the_chat_template(tmp_path):
     with pytest.raises(AespaError, match="no chat template"):
         calibration_windows(source, tokenizer, 2, 16)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
-    assert read_text(source, tokenizer=tokenizer).text.startswith(
-        "<user> question 0 <assistant> yes \n\n<user> question 1"
-    )
+    text = read_text(source, tokenizer=tokenizer).text
+    assert text.startswith("<user> question 0 <assistant> yes \n\n<user> question 1")
     first = tokenizer.decode(calibration_windows(source, tokenizer, 1, 16).tokens[0])
     assert "user" in first or "assistant" in first
 
