@@ -1,6 +1,7 @@
 """Hours on one core, for the chapters on ablations and on Kronecker losses: `make records`.
 
 python experiments/campaign.py ablations      parts of the recipe on and off; nbs/runs/campaign.json
+python experiments/campaign.py ends           losses and scales from the end of the network; nbs/runs/ends.json
 python experiments/campaign.py layers         the two solvers on the loss of every layer; nbs/runs/layers.json
 python experiments/campaign.py precompute     a learning step with the data and without; nbs/runs/precompute.json
 """
@@ -43,17 +44,39 @@ ABLATIONS = {  # name -> (preset, changes); the first six change objective and s
     "best, Z-Fold": ("best", dict(zfold=True)),
     "max": ("max", {}),
 }  # fmt: skip
+ENDS = {  # what is in no preset yet: losses from the end of the network, scales learned there, the other grid
+    **{f"{preset}{name}": (preset, changes) for preset in ("best", "max") for name, changes in {
+        "": {},
+        ", end loss": dict(end_loss=True),
+        ", scales end to end": dict(end_to_end=100),
+        ", compensated grid": dict(grid="compensated"),
+        ", all three": dict(end_loss=True, end_to_end=100, grid="compensated"),
+    }.items()},
+    **{f"{name}, {g} grid": (preset, changes | dict(grid=g)) for g in ("hessian", "compensated")
+       for name, preset, changes in (("best, layer-wise losses", "best", dict(objective="layer")),
+                                     ("adaround, 500 steps", "adaround", dict(iterations=500)),
+                                     ("aespa, 500 steps", "aespa", dict(iterations=500)))},
+}  # fmt: skip
 
 
-def ablations(reference):
-    jobs = [dict(name=name, bits=2, seed=seed) for seed in (0, 1) for name in ABLATIONS]
+def changed(reference, record: str, recipes: dict):
+    "Each recipe, a preset with changes, at 2 bits; seed 0 of all of them first."
+    jobs = [dict(name=name, bits=2, seed=seed) for seed in (0, 1) for name in recipes]
 
     def run(job):
-        preset, changes = ABLATIONS[job["name"]]
+        preset, changes = recipes[job["name"]]
         config = AespaConfig.preset(preset, job["bits"], seed=job["seed"], samples=SAMPLES, **changes)
         return dict(preset=preset, changes=changes) | rounded(reference, config)[2]
 
-    resume("campaign", jobs, run)
+    resume(record, jobs, run)
+
+
+def ablations(reference):
+    changed(reference, "campaign", ABLATIONS)
+
+
+def ends(reference):
+    changed(reference, "ends", ENDS)
 
 
 def layer_losses(reference, objective: str):
@@ -125,5 +148,5 @@ def precompute(reference, steps: int = 20):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("ablations", "layers", "precompute"))
+    parser.add_argument("which", choices=("ablations", "ends", "layers", "precompute"))
     globals()[parser.parse_args().which](load_reference())

@@ -13,7 +13,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISAB
 
 import torch  # noqa: E402
 from aespa_nb import evaluate_model, load_model, quantize_model  # noqa: E402
-from aespa_nb.experiments.records import stale, stamp, write_record  # noqa: E402
+from aespa_nb.experiments.records import stale, stamp, write_record  # noqa: E402, F401
+from aespa_nb.quantize.journal import write_json  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,8 @@ def resume(name: str, jobs, run, whole: bool = False) -> list[dict]:
             continue
         row = {**job, "made": stamp(), **run(job)}
         kept = [r for r in rows_of(name) if not same(r, job) and (not whole or any(same(r, j) for j in jobs))]
-        write_record(RUNS / f"{name}.json", [*kept, row])
+        RUNS.mkdir(parents=True, exist_ok=True)
+        write_json(RUNS / f"{name}.json", [*kept, row])  # rows of an older format stay until they are made again
         shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items() if k != "made"}
         print(*(f"{k} {v}" for k, v in shown.items() if not isinstance(v, dict | list)), flush=True)
     return rows_of(name)

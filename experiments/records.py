@@ -27,6 +27,7 @@ OWNERS = {  # record -> the commands that make it, as words behind `python`
                      "aespa", "best", "max", *"--bits 2 3".split(), *SAMPLED, "--out", "nbs/runs/compare-opt"]],
     "demo": [["-m", "aespa_nb", "demo", "--out", "build/demo"], ["-c", DEMO]],
     "campaign": [[f"{HERE}/campaign.py", "ablations"]],
+    "ends": [[f"{HERE}/campaign.py", "ends"]],
     "layers": [[f"{HERE}/campaign.py", "layers"]],
     "precompute": [[f"{HERE}/campaign.py", "precompute"]],
     "faults": [[f"{HERE}/faults.py", *words.split()] for words in (

@@ -1,4 +1,4 @@
-"""Run notebooks, each in a kernel of its own.
+"""Run notebooks, each in a kernel of its own, forked from a process that has imported what most of them need.
 
     python tools/run_nbs.py nbs/rounding/13_gptq.ipynb   write the outputs into the notebook
     python tools/run_nbs.py --check                            run all, compare with the stored outputs, write nothing
@@ -14,6 +14,7 @@ are not run and keep their outputs.
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+from jupyter_client.provisioning import local_provisioner
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import clean_nb
@@ -34,7 +36,8 @@ ENV = dict(
     PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="COMPATIBLE",
     OPENBLAS_CORETYPE="Haswell", ONEDNN_MAX_CPU_ISA="AVX2", CUDA_VISIBLE_DEVICES="",
     HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1",
-    SOURCE_DATE_EPOCH="0", MATPLOTLIBRC=str(Path(__file__).with_name("matplotlibrc").resolve()), COLUMNS="100",
+    MPLBACKEND="module://matplotlib_inline.backend_inline", SOURCE_DATE_EPOCH="0",
+    MATPLOTLIBRC=str(Path(__file__).with_name("matplotlibrc").resolve()), COLUMNS="100",
 )  # fmt: skip
 # Twelve digits that are the same where products, factors and functions come out with the same bits.
 ARITHMETIC = """
@@ -47,6 +50,8 @@ for result in [*results, X.softmax(-1), X.sum(), X.sin(), X.tanh(), X.mean(-1), 
     digest.update(result.contiguous().numpy().tobytes())
 print(digest.hexdigest()[:12])
 """
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload("ipykernel.kernelapp matplotlib.pyplot pandas aespa_nb.quantize.model".split())
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = ["--log-level=40", '--InlineBackend.figure_formats={"svg"}']
 
@@ -54,6 +59,37 @@ KERNEL = ["--log-level=40", '--InlineBackend.figure_formats={"svg"}']
 def arithmetic():
     "This machine's, in the environment that notebooks have."
     return subprocess.run([sys.executable, "-c", ARITHMETIC], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def kernel(folder, arguments):
+    "What a forked process does: it becomes an IPython kernel."
+    from ipykernel.kernelapp import launch_new_instance
+
+    os.chdir(folder)
+    os.setsid()  # signals to the kernel and to what it starts reach nobody else
+    launch_new_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
+
+
+class Forked:
+    "A kernel that looks like a process of `subprocess`, as Jupyter wants it."
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command, cwd, **options):
+        self.process = FORKS.Process(target=kernel, args=(cwd, command[command.index("ipykernel_launcher") + 1 :]))
+        self.process.start()
+        while self.process.is_alive() and os.getpgid(self.process.pid) != self.process.pid:
+            time.sleep(0.01)  # Jupyter asks for the group at once
+        self.pid, self.terminate, self.kill = self.process.pid, self.process.terminate, self.process.kill
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        return self.process.join(timeout)
+
+    def send_signal(self, signal):
+        os.kill(self.pid, signal)
 
 
 def run(path, flags=(), timeout=600):
@@ -182,6 +218,7 @@ if __name__ == "__main__":
     p.add_argument("-j", type=int, default=2, help="notebooks at a time")
     a = p.parse_args()
     os.environ.update(ENV)
+    local_provisioner.launch_kernel = Forked
     if "cuda" in a.flags.split():
         del os.environ["CUDA_VISIBLE_DEVICES"]
     paths = a.paths or [p for p in get_config().nbs_path.rglob("[!._]*.ipynb") if ".ipynb_checkpoints" not in p.parts]

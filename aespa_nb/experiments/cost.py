@@ -188,7 +188,7 @@ def estimate_run(
     seqs, length = config.samples or len(tokens), tokens.shape[1]
     n, clock = min(seqs, max(2, 2048 // length)), clock or _clock(device)
     few = replace(config, samples=None, iterations=min(config.iterations, max(20, config.iterations // 20)),
-                  tuning=min(config.tuning, 4))  # fmt: skip
+                  tuning=min(config.tuning, 4), end_to_end=min(config.end_to_end, 4))  # fmt: skip
     toy = replace(few, group_size=None, keep={}, iterations=1)  # loads and compiles what would be timed otherwise
     quantize_model(random_model("tiny", 1, 16), torch.zeros(2, 16, dtype=torch.long), toy)
 
@@ -203,6 +203,9 @@ def estimate_run(
     grow = dict.fromkeys(TOKEN_PHASES, blocks * seqs / n) | dict(embed=seqs / n, adam=blocks * steps)
     grow["tuning"] = blocks * batch * config.tuning / max(1, few.tuning)
     grow["block"] = blocks * (seqs / n if config.method == "awq" else steps * batch)
+    passes = lambda seqs, steps: max(1, seqs // 8) * (1 + min(steps, 9)) + 4 * steps * min(4, seqs - 1)  # forward
+    if config.end_to_end:
+        grow["end to end"] = blocks * passes(seqs, config.end_to_end) / passes(n, few.end_to_end)
     seconds = {name: s * grow.get(name, blocks) for name, s in seconds.items()}
 
     rounded = blocks * sum(len(r.grid.scale) * len(r.zeta) for r in report.layers.values())
@@ -219,7 +222,7 @@ def estimate_run(
     whole, item = sum(p.numel() for p in model.parameters()), (dtype or model.dtype).itemsize
     result = (whole - rounded) * item + rounded * report.bits_per_weight / 8 if packed else whole * item
     stacks = [model.get_submodule(path) for path in stacks_of(model)]
-    two = bool(config.correction or config.tuning or config.method != "layers")
+    two = bool(config.correction or config.tuning or config.method != "layers") + bool(config.end_to_end)
     width = model.config.get_text_config().hidden_size
     hidden = len(stacks) * (1 + two) * seqs * length * width * config.dtype.itemsize
     mapped = sum(p.nbytes for stack in stacks for p in stack.parameters() if in_file(p))

@@ -75,7 +75,7 @@ class Scales:
     def __init__(self, block: nn.Module, records: dict[str, RoundedWeight]):
         self.norms, self.linears, self.factors = norm_weights(block), {}, {}
         for n, r in records.items():
-            W, shape = block.get_submodule(n).weight.detach().clone(), r.grid.scale.shape
+            W, shape = block.get_submodule(n).weight.detach(), r.grid.scale.shape
             if r.shape != W.shape or shape[:-1] != W.shape[:1] or W.shape[1] % shape[-1]:
                 raise AespaError(f"the record of {n}, {r.shape}, scale {tuple(shape)}, does not fit {tuple(W.shape)}")
             self.linears[n], self.factors[n] = W, self._ones(W, shape)  # W_hat now

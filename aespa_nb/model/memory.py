@@ -126,13 +126,13 @@ def trim_memory() -> None:
 
 
 @contextlib.contextmanager
-def working_on(block: nn.Module, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
-    "`block` on `device`, floating numbers in `dtype`, then back as it was; mapped weights go back into files."
-    tensors = [*block.parameters(), *block.buffers()]
+def working_on(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> Iterator[None]:
+    "`module` on `device`, floating numbers in `dtype` if one is given, then back as it was; mapped weights in files."
+    tensors = [*module.parameters(), *module.buffers()]
 
     def enter(t: Tensor) -> tuple[torch.device, torch.dtype, bool]:
         old, mapped = t.data, in_file(t)
-        t.data = old.to(device, dtype if t.is_floating_point() else old.dtype, copy=mapped)
+        t.data = old.to(device, dtype if dtype and t.is_floating_point() else old.dtype, copy=mapped)
         if mapped:
             drop_pages(old)
         return old.device, old.dtype, mapped

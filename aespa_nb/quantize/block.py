@@ -46,6 +46,7 @@ class BlockRun:
     full: BlockStream | None = None  # what it reads at full precision
     team: Team = ALONE
     announce: Callable[[str], None] = lambda linear: None  # is told the linear that is worked on
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # of linears of the model: `output_metrics`
     notes: list[str] = field(default_factory=list)
     statistics_bytes: int = 0  # of the matrices that were held at one time, at most
 
@@ -127,12 +128,21 @@ def _target(run: BlockRun, part: Part, error: AccumulatedError | None) -> Float[
     return full_precision_target(W, error.S, run.config.correction, stream)
 
 
+def _end_loss(run: BlockRun, part: Part, loss: KroneckerLoss) -> KroneckerLoss:
+    "A loss that weighs all outputs alike with the metric of the linear's outputs, if there is one."
+    G = run.metrics.get(f"{run.name}.{part.linear}")
+    if G is None or loss.G is not None or loss.H.ndim == 3 or part.rows is not None:
+        return loss
+    return KroneckerLoss(loss.H, G.to(loss.H.device, loss.H.dtype, copy=True)[None])
+
+
 def round_parts(run: BlockRun, parts: dict[str, Part], read: BlockLosses) -> dict[str, RoundedLayer]:
     "Rounds the parts that `read` has losses of, in place; the records of their linears. Losses go as they are used."
     config, team = run.config, run.team
     run.notes += read.notes
     mine = {name: part for name, part in parts.items() if name in read.losses and run.bits(part.linear) != 16}
-    losses, memory = _damp_all({name: read.losses[name] for name in mine}, config.damping)
+    losses = {name: _end_loss(run, part, read.losses[name]) for name, part in mine.items()}
+    losses, memory = _damp_all(losses, config.damping)
     with phase("target"):
         targets = {name: _target(run, part, read.accumulated_errors.get(name)) for name, part in mine.items()}
     memory += sum(S.nbytes for S in {id(e.S): e.S for e in read.accumulated_errors.values()}.values())

@@ -77,12 +77,14 @@ class Recipe:
     # how codes are found
     method: Annotated[str, _one_of(METHODS, "layers")] = "layers"  # or a whole-block method, which uses few fields
     objective: Literal["layer", "attention", "gauss-newton"] = "attention"  # losses: tr(dW H dW^T); the paper's; ours
+    end_loss: bool = False  # linears without a G of their own: the G of what an error costs the model's predictions
     grid: Literal["minmax", "hessian", "compensated"] = "hessian"  # full range; searched under H; for GPTQ's weights
     zfold: bool = False  # per-input scales where they are free
     solver: Annotated[str, _one_of(SOLVERS)] = "gptq+adaround"  # "adaround" starts from the nearest codes
     starts: Annotated[int, Field(ge=1, le=6)] = 1  # grids that the descent starts from
     correction: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the accumulated error of earlier layers to undo
     tuning: NonNegativeInt = 0  # Adam steps on scales and norm weights, through the whole block
+    end_to_end: NonNegativeInt = 0  # Adam steps on all of them at the end, through the whole model
     iterations: PositiveInt = 2000  # Adam steps per layer
     lr: PositiveFloat | None = None  # of Adam; None: 30 / iterations, the paper's 0.015 at 2000 steps
     loss_scale: PositiveFloat = 0.01  # weight of the loss against the rounding penalty

@@ -29,7 +29,8 @@ def quantize_model(
     journal: str | Path | None = None,  # folder for finished blocks; those it holds already are not done again
     team: Team = ALONE,  # `joined` processes that share the work; each calls this with the same arguments
 ) -> QuantReport:
-    """Rounds the linears of all blocks in place (aespa, Algorithm 1); the rest stays, norms too unless `tuning` is on.
+    """Rounds the linears of all blocks in place (aespa, Algorithm 1); the rest stays, norms too unless `tuning` or
+    `end_to_end` is on.
 
     Raises `AespaError` before anything is changed if the input cannot work."""
     with Run(model, tokens, config, progress, journal, team) as run:
@@ -39,4 +40,6 @@ def quantize_model(
                 layers = round_block(block) if config.method == "layers" else round_whole_block(block)
                 layers = tune_block(block, layers) if config.tuning else layers
             run.keep(block, layers, new)  # stores it, and sends the inputs of the next block through it
+        if config.end_to_end:
+            run.tune_end_to_end()
     return run.report

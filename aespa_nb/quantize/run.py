@@ -19,12 +19,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..attention.end_loss import output_metrics
 from ..attention.kronecker_losses import KroneckerLoss
 from ..data.text import check_tokens
 from ..errors import AespaError, NumericalError
 from ..model.blocks import linears_of, stacks_of, weight_of, zeta_groups
 from ..model.capture import capturing
+from ..model.end_to_end import Predictions, tune_end_to_end
 from ..model.memory import give_back, working_on
+from ..model.phases import phase
 from ..model.stream import BlockStream, as_inputs
 from ..model.team import ALONE, Team
 from .block import BlockRun
@@ -77,8 +80,8 @@ def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], conf
 
 def check_team(team: Team, config: AespaConfig) -> None:
     "Raises `AespaError` if several processes can't work together on this."
-    if team.size > 1 and (config.tuning or config.method != "layers"):
-        what = "tuning" if config.tuning else f"method {config.method!r}"
+    if team.size > 1 and (config.tuning or config.end_to_end or config.method != "layers"):
+        what = "tuning" if config.tuning or config.end_to_end else f"method {config.method!r}"
         raise AespaError(f"{what} learns from all sequences at once: use one process, or a preset such as best")
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if team.size > 1 and str(config.device).startswith("cuda") and local >= gpus:
@@ -161,7 +164,8 @@ def _each_block(run: "Run") -> Iterator[BlockRun]:
                     size = sum(p.nbytes for p in block.parameters())
                     run.report.block_bytes = max(run.report.block_bytes, size)
                     announce = lambda linear, i=i: run.announce(f"block {i}: {linear}")
-                    yield BlockRun(model, block, f"{path}.{i}", config, mine, full.get(path), run.team, announce)
+                    streams = mine, full.get(path)
+                    yield BlockRun(model, block, f"{path}.{i}", config, *streams, run.team, announce, run.metrics)
 
 # %% ../../nbs/quantize/67_run.ipynb #83959c20
 class Run:
@@ -181,6 +185,7 @@ class Run:
         self.model, self.inputs, self.config, self.team = model, draw_inputs(tokens, config), config, team
         self.device, self.report = torch.device(config.device or model.device), QuantReport(config)
         self.progress, self.folder, self.journal = progress, journal if team.rank == 0 else None, None
+        self.metrics: dict[str, Tensor] = {}  # with `end_loss`
 
     def __enter__(self) -> "Run":
         model, config, team = self.model, self.config, self.team
@@ -198,9 +203,20 @@ class Run:
             model.eval()  # no dropout
             stack.enter_context(capturing(model))
             linears = sum(len(linears_of(block)) for block in blocks_of(model).values())
+            if config.end_to_end or config.end_loss:
+                with phase("forward"), working_on(model, self.device):
+                    self._read_predictions()
             self.announce = stack.enter_context(progress_bar(linears, self.progress))
             self.stack = stack.pop_all()
         return self
+
+    def _read_predictions(self) -> None:
+        "What has to be known of the whole model's predictions before its first block is rounded."
+        model, config = self.model, self.config
+        if config.end_to_end:
+            self.predictions = Predictions(model, self.inputs, config.batch_size)
+        if config.end_loss:
+            self.metrics = output_metrics(model, self.inputs, config.batch_size, config.seed)
 
     def __exit__(self, *error):
         self.report.peak_bytes = self.peak()
@@ -232,3 +248,13 @@ class Run:
         report.notes += [f"{block.name}: {note}" for note in block.notes]
         report.statistics_bytes = max(report.statistics_bytes, block.statistics_bytes)
         block.stream.run(block.block, keep=True)
+
+    @torch.no_grad()
+    def tune_end_to_end(self) -> None:
+        "Learns the scales and norm weights of all blocks from the divergence of the predictions; codes stay."
+        steps = dict(iterations=self.config.end_to_end, seed=self.config.seed, progress=self.progress)
+        with phase("end to end"), working_on(self.model, self.device):
+            found = tune_end_to_end(self.model, self.report.layers, self.predictions, **steps)
+        self.report.layers = found.records
+        if found.step == 0:
+            self.report.notes.append("learning end to end gained nothing on the sequences kept back and was dropped")

@@ -1,7 +1,8 @@
-"""Quantize the bundled model with a published package, in an environment of its own, and score what comes out.
+"""Quantize a model with a published package, in an environment of its own, and score what comes out.
 
     python experiments/peers/run.py auto-round --bits 2
     python experiments/peers/run.py auto-round --bits 3 --group-size 64 --recipe best --seed 1
+    python experiments/peers/run.py auto-round --bits 2 --group-size 64 --model smollm2
 
 The first run of a peer makes its environment, build/peers/<peer>, from requirements/<peer>.txt. The peer works on one
 thread on the calibration sequences that aespa_nb draws with the same seed and writes the weights it has changed to
@@ -10,6 +11,7 @@ KL divergence and perplexity on held-out windows. The record is nbs/runs/peers.j
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -31,10 +33,12 @@ sys.path += [str(ROOT / "experiments"), str(ROOT / "tools")]
 
 import install  # noqa: E402
 import torch  # noqa: E402
-from aespa_nb import evaluate_model, load_reference  # noqa: E402
+from aespa_nb import calibration_windows, evaluate_model, evaluation_windows, load_model, load_reference  # noqa: E402
+from aespa_nb.data.fetch import MODELS, need_fetched  # noqa: E402
 from aespa_nb.model.blocks import linears_of, stacks_of  # noqa: E402
 from common import resume, stamp  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from smollm2 import TEXT  # noqa: E402
 
 
 def requirements(peer):
@@ -57,15 +61,25 @@ def environment(peer):
     return home / "bin/python"
 
 
-def quantize(args):
+def texts(args):
+    "The model, the calibration sequences that aespa_nb draws with the same seed, and the held-out windows."
+    if args.model in MODELS:
+        model, tokenizer = load_model(args.model, torch.float32)
+        source, samples, seqlen, windows = TEXT
+        calib = calibration_windows(source, tokenizer, samples, seqlen, args.seed).tokens
+        return model, calib, evaluation_windows(source, tokenizer, seqlen, windows).tokens
+    full = load_reference(folder=args.folder)
+    order = torch.randperm(len(full.calib), generator=torch.Generator().manual_seed(args.seed))
+    return full.model, full.calib[order[: args.samples]], full.heldout[: args.eval_samples]
+
+
+def quantize(args, calib):
     "Runs the adapter in the peer's environment; the weights that it has changed, and what it reports."
     name = f"{args.model or 'reference'}-{args.peer}-{args.recipe}-{args.bits}b-g{args.group_size or 0}-s{args.seed}"
     place = BUILD / "out" / name
     tokens, out, result, log, job = (place.with_suffix(f".{x}") for x in "tokens safetensors result log job".split())
     place.parent.mkdir(parents=True, exist_ok=True)
-    calib = load_reference(folder=args.folder).calib
-    order = torch.randperm(len(calib), generator=torch.Generator().manual_seed(args.seed))
-    save_file({"tokens": calib[order[: args.samples]].contiguous()}, tokens)
+    save_file({"tokens": calib.contiguous()}, tokens)
     what = dict(peer=args.peer, bits=args.bits, group_size=args.group_size, seed=args.seed, model=str(args.folder))
     what |= dict(tokens=str(tokens), out=str(out), result=str(result), settings=RECIPES[args.peer][args.recipe])
     job.write_text(json.dumps(what | dict(packages=re.findall(r"^([\w-]+)==", requirements(args.peer), flags=re.M))))
@@ -100,18 +114,24 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default: 0)")
     parser.add_argument("--eval-samples", type=int, default=128, help="held-out windows to score on (default: 128)")
-    parser.add_argument("--model", type=Path, help="folder that train_reference.py made (default: the bundled)")
+    told = f"{', '.join(MODELS)} (on the text of smollm2.py), or a folder that train_reference.py made"
+    parser.add_argument("--model", help=f"{told} (default: the bundled model)")
     args = parser.parse_args()
     if args.recipe not in RECIPES[args.peer]:
         parser.error(f"{args.peer} has the recipes {', '.join(RECIPES[args.peer])}")
-    args.folder, args.model = (args.model or REFERENCE).resolve(), args.model.parent.name if args.model else None
+    if args.model in MODELS:
+        args.folder, (_, args.samples, _, args.eval_samples) = need_fetched(args.model), TEXT
+    else:
+        args.folder = Path(args.model or REFERENCE).resolve()
+        args.model = args.folder.parent.name if args.model else None
 
     def run(job):
-        weights, report = quantize(args)
-        full, model = load_reference(folder=args.folder), load_reference(folder=args.folder).model
+        full, calib, heldout = texts(args)
+        weights, report = quantize(args, calib)
+        model = copy.deepcopy(full)
         check(weights, model, args.bits, args.group_size)
         model.load_state_dict(weights, strict=False)
-        scores = evaluate_model(model, full.heldout[: args.eval_samples], full.model)._asdict()
+        scores = evaluate_model(model, heldout, full)._asdict()
         settings, machine = RECIPES[args.peer][args.recipe], [platform.processor(), platform.system()]
         return dict(settings=settings, **scores, **report, machine=machine, made=stamp(dict(settings, **job)))
 

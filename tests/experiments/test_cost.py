@@ -82,6 +82,17 @@ def test_counted_work_is_that_of_the_formulas():
         assert run(preset)[1]["attention"] > 2 * 4 * 4 * (2 * 32 * 32 * d + 2 * 32 * d * d)
 
 
+def test_the_estimate_knows_what_learning_end_to_end_takes():
+    model, tokens = random_model("tiny", 3, 32), random_tokens(16, 32)
+    config = AespaConfig.preset("gptq", 3, end_loss=True, end_to_end=20)
+    with flop_counter() as counter:
+        told = estimate_run(model, tokens, config, clock=counter.get_total_flops).seconds
+        with timed(counter.get_total_flops) as work:
+            quantize_model(model, tokens, config)
+    assert 0.75 < told["end to end"] / work["end to end"] < 1.35
+    assert 0.75 < told["forward"] / work["forward"] < 1.35
+
+
 def test_one_of_each_kind_and_everything_is_put_back():
     model = random_model("tiny", 4, 16)
     layers = model.model.layers

@@ -226,6 +226,7 @@ def test_who_loses_a_process_stops(tmp_path):
     ("changes", "message"),
     [
         (dict(tuning=3), "tuning learns from all sequences at once: use one process"),
+        (dict(end_to_end=3), "tuning learns from all sequences at once: use one process"),
         (dict(method="signround"), "method 'signround' learns"),
     ],
 )

@@ -23,7 +23,7 @@ def run(journal=None, preset="best", kind="llama", dtype=torch.float32, tokens=T
     "A rounded small model and its report."
     model = small(kind, dtype)
     if preset == "max":
-        changes["tuning"] = 2
+        changes |= dict(tuning=2, end_to_end=2, end_loss=True)
     return model, quantize_model(model, tokens, AespaConfig.preset(preset, **QUICK, **changes), journal=journal)
 
 

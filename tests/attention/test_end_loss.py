@@ -1,0 +1,81 @@
+"What an error of a linear's output costs the predictions: the matrices, and who uses them."
+
+import copy
+
+import pytest
+import torch
+from models import small
+from transformers import LlamaModel
+
+from aespa_nb import AespaConfig, UnsupportedModelError, quantize_model
+from aespa_nb.attention.end_loss import output_metrics
+from aespa_nb.attention.kronecker_losses import KroneckerLoss
+from aespa_nb.model.block_tuning import reading_inputs
+from aespa_nb.rounding.hessian import Gram
+
+TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+def loud(kind="llama"):
+    model = small(kind)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)
+    return model
+
+
+@torch.no_grad()
+def divergence(full, other):
+    p, q = (m(TOKENS).logits.double().log_softmax(-1) for m in (full, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_the_loss_is_the_divergence_of_small_errors(kind):
+    "In nats per token; means over labels and over directions, whose noise is the tolerance."
+    full = loud(kind)
+    metrics = [output_metrics(full, TOKENS, batch_size=1 + seed % 3, seed=seed) for seed in range(12)]
+    grams = {name: Gram(full.get_submodule(name).in_features) for name in metrics[0]}
+    with torch.no_grad(), reading_inputs(full, grams, lambda name, x: grams[name].add(x.mT)):
+        full(TOKENS)
+    last = [name for name in grams if ".1." in name and not name.endswith(("q_proj", "k_proj", "v_proj"))]
+    assert len(last) >= 3
+    for name in last:
+        loss = KroneckerLoss(grams[name].mean(), sum(m[name] for m in metrics) / len(metrics))
+        true = predicted = 0
+        for seed in range(6):
+            other = copy.deepcopy(full)
+            W = other.get_submodule(name).weight
+            dW = 3e-3 * W.std() * torch.randn(W.shape, generator=torch.Generator().manual_seed(seed))
+            W += dW
+            true, predicted = true + divergence(full, other), predicted + float(loss(dW))
+        assert 0.7 < predicted / true < 1.3, name
+
+
+def test_the_model_is_what_it_was():
+    full = loud().requires_grad_(True)
+    full.lm_head.weight.requires_grad_(False)
+    before, learning = copy.deepcopy(full.state_dict()), [p.requires_grad for p in full.parameters()]
+    metrics = output_metrics(full, TOKENS)
+    assert [p.requires_grad for p in full.parameters()] == learning and all(p.grad is None for p in full.parameters())
+    assert all(torch.equal(p, before[n]) for n, p in full.state_dict().items())
+    for m in full.modules():
+        assert "forward" not in vars(m) and not m._forward_hooks and not m._backward_hooks
+    assert all(torch.equal(G, G.T) and torch.linalg.eigvalsh(G.double()).min() > -1e-6 for G in metrics.values())
+    again = output_metrics(full, dict(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)))
+    assert all(torch.allclose(G, again[n], rtol=1e-3, atol=1e-6 * float(G.max())) for n, G in metrics.items())
+
+
+@pytest.mark.parametrize("objective", ["attention", "gauss-newton"])
+def test_linears_with_a_loss_of_attentions_own_keep_it(objective):
+    codes = []
+    for end_loss in (False, True):
+        model = loud()
+        config = AespaConfig(bits=2, objective=objective, solver="descent", end_loss=end_loss)
+        codes.append({n: r.codes for n, r in quantize_model(model, TOKENS, config).layers.items() if ".0." in n})
+    moved = {n.split(".")[-1] for n in codes[0] if not torch.equal(codes[0][n], codes[1][n])}
+    assert moved == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_model_that_predicts_nothing_is_refused():
+    with pytest.raises(UnsupportedModelError, match="end_loss=False"):
+        output_metrics(LlamaModel(small("llama").config), TOKENS)
