@@ -17,7 +17,7 @@ from ..model.team import ALONE, Team
 from .block import round_block, round_whole_block, tune_block
 from .config import AespaConfig
 from .report import QuantReport
-from .run import Run
+from .run import Run, tune_model
 
 # %% ../../nbs/quantize/65_model.ipynb #edb883c4
 @torch.no_grad()
@@ -41,5 +41,5 @@ def quantize_model(
                 layers = tune_block(block, layers) if config.tuning else layers
             run.keep(block, layers, new)  # stores it, and sends the inputs of the next block through it
         if config.end_to_end:
-            run.tune_end_to_end()
+            tune_model(run)  # all scales once more, by what the model predicts
     return run.report
