@@ -9,9 +9,7 @@ __all__ = ['app', 'MODEL', 'PRESETS_TEXT', 'SET', 'KEEP', 'TEXT_SOURCES', 'Seqle
 
 # %% ../nbs/guides/89_options.ipynb #0fa0784a
 import inspect
-import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -142,6 +140,8 @@ class Changes:
 
     def given(self) -> dict:
         "The fields of a configuration that were asked for. Raises `AespaError` for a --keep or --set that is none."
+        from aespa_nb.quantize import config
+
         pairs = [word.rpartition("=") for word in self.keep]
         for part, sign, bits in pairs:
             if not part or not bits.isdecimal():
@@ -150,10 +150,11 @@ class Changes:
         own = {**asdict(self), "keep": keep}
         for word in own.pop("others"):
             field, sign, value = word.partition("=")
-            if not sign or field in ("preset", "bits", *own):
-                reason = f"{field} has an option of its own" if sign else "such as end_to_end=100 or solver=descent"
+            known = config.Recipe.__dataclass_fields__.keys() - {"bits", "group_size", "seed", *asdict(self)}
+            if not sign or field not in known:
+                reason = "such as end_to_end=100" if not sign else f"choose one of {', '.join(sorted(known))}"
                 raise AespaError(f"--set takes FIELD=VALUE, not {word!r}: {reason}")
-            own[field] = json.loads(value) if re.fullmatch(r"[-+.\de]+|true|false|null", value) else value
+            own[field] = None if value in ("none", "null") else value
         return {k: v for k, v in own.items() if v or k not in asdict(self)}
 
 

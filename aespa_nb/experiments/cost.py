@@ -203,7 +203,7 @@ def estimate_run(
     grow = dict.fromkeys(TOKEN_PHASES, blocks * seqs / n) | dict(embed=seqs / n, adam=blocks * steps)
     grow["tuning"] = blocks * batch * config.tuning / max(1, few.tuning)
     grow["block"] = blocks * (seqs / n if config.method == "awq" else steps * batch)
-    passes = lambda seqs, steps: max(1, seqs // 8) * (1 + min(steps, 9)) + 4 * steps * min(4, seqs - 1)  # forward
+    passes = lambda seqs, steps: max(1, seqs // 8) * (1 + min(steps, 8)) + 4 * steps * min(4, seqs - 1)  # forward
     if config.end_to_end:
         grow["end to end"] = blocks * passes(seqs, config.end_to_end) / passes(n, few.end_to_end)
     seconds = {name: s * grow.get(name, blocks) for name, s in seconds.items()}

