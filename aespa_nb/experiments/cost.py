@@ -226,6 +226,10 @@ def estimate_run(
     width = model.config.get_text_config().hidden_size
     hidden = len(stacks) * (1 + two) * seqs * length * width * config.dtype.itemsize
     mapped = sum(p.nbytes for stack in stacks for p in stack.parameters() if in_file(p))
-    on_device = report.peak_bytes if device.type == "cuda" else 0
-    sizes = (max(peaks), on_device, result + journal, hidden + mapped)
+    at_once = [p for p in model.parameters() if config.end_loss or config.end_to_end]  # on the device
+    if device.type != "cuda":
+        peaks[0] += sum(p.nbytes for p in at_once if in_file(p))
+    on_device = report.peak_bytes + sum(p.nbytes for p in at_once) if device.type == "cuda" else 0
+    metrics = 4 * blocks * sum(len(r.grid.scale) ** 2 for r in report.layers.values()) * config.end_loss
+    sizes = (max(peaks), on_device, result + journal, hidden + mapped + metrics)
     return Estimate(seconds, *map(int, sizes), time.perf_counter() - start, str(out))

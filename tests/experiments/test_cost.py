@@ -91,6 +91,8 @@ def test_the_estimate_knows_what_learning_end_to_end_takes():
             quantize_model(model, tokens, config)
     assert 0.75 < told["end to end"] / work["end to end"] < 1.35
     assert 0.75 < told["forward"] / work["forward"] < 1.35
+    plain, ends = (estimate_run(model, tokens, c).temporary_bytes for c in (AespaConfig.preset("best", 3), config))
+    assert ends > plain + 3 * 4 * (2 * 64**2 + 2 * 32**2 + 2 * 176**2 + 64**2)  # and hidden states of both models
 
 
 def test_one_of_each_kind_and_everything_is_put_back():
