@@ -145,18 +145,16 @@ def tune_end_to_end(
     iterations: int = 100,
     lr: float = 0.02,  # of Adam on the factors: rising over ten steps, then falling along a straight line
     batch_size: int = 4,  # sequences in a step; `predictions.batch_size` of them run together
-    kept_back: float = 0.125,  # share of the sequences that only decide when to stop
-    looks: int = 8,  # how often they are looked at, at most
-    seed: int = 0,  # of what is kept back, and of the order of the rest
+    seed: int = 0,  # of what is kept back, an eighth, and of the order of the rest
     progress: bool = False,  # show a progress bar
 ) -> EndToEnd:
     "Learns all scales and norm weights from the divergence of the model's predictions; codes stay."
-    if iterations < 1 or not lr > 0 or batch_size < 1 or not 0 < kept_back < 1:
-        raise AespaError("learning end to end needs iterations, batch_size >= 1, lr > 0 and 0 < kept_back < 1")
+    if iterations < 1 or not lr > 0 or batch_size < 1:
+        raise AespaError("learning end to end needs iterations >= 1, batch_size >= 1 and lr > 0")
     generator, micro = torch.Generator().manual_seed(seed), predictions.batch_size
     order = torch.randperm(len(predictions), generator=generator)
-    back, rest = order.tensor_split([max(1, int(kept_back * len(order)))])
-    every = -(-iterations // looks)
+    back, rest = order.tensor_split([max(1, len(order) // 8)])
+    every = -(-iterations // 8)  # steps from one look at what is kept back to the next
     part = lambda seqs, of: predictions.divergence(model, seqs) * (len(seqs) / len(of))
     score = lambda: sum(float(part(seqs, back)) for seqs in back.split(micro))
     with free_scales(model, records) as scales:

@@ -85,7 +85,7 @@ def test_the_gradient_of_a_batch_is_the_mean_over_its_parts():
     found = []
     for size in (1, 4):
         kept, copied = Predictions(full, TOKENS, size), copy.deepcopy(model)
-        found.append(tune_end_to_end(copied, report.layers, kept, iterations=3, looks=1))
+        found.append(tune_end_to_end(copied, report.layers, kept, iterations=3))
     assert found[0].curve[-1][2] == pytest.approx(found[1].curve[-1][2], rel=1e-4)
 
 
