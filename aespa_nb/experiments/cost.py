@@ -222,9 +222,9 @@ def estimate_run(
     whole, item = sum(p.numel() for p in model.parameters()), (dtype or model.dtype).itemsize
     result = (whole - rounded) * item + rounded * report.bits_per_weight / 8 if packed else whole * item
     stacks = [model.get_submodule(path) for path in stacks_of(model)]
-    two = bool(config.correction or config.tuning or config.method != "layers") + bool(config.end_to_end)
+    more = bool(config.correction or config.tuning or config.method != "layers") + bool(config.end_to_end)
     width = model.config.get_text_config().hidden_size
-    hidden = len(stacks) * (1 + two) * seqs * length * width * config.dtype.itemsize
+    hidden = len(stacks) * (1 + more) * seqs * length * width * config.dtype.itemsize
     mapped = sum(p.nbytes for stack in stacks for p in stack.parameters() if in_file(p))
     at_once = [p for p in model.parameters() if config.end_loss or config.end_to_end]  # on the device
     if device.type != "cuda":

@@ -35,6 +35,12 @@ def _unsupported(module, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{name} {what}: not supported; single linears can be rounded with `round_layer`")
 
 
+def run_model(model: PreTrainedModel, inputs: dict[str, Tensor], seqs: slice | Tensor = slice(None)):
+    "The model's output for the sequences `seqs`, on its device, without a cache."
+    cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    return model(**{k: v[seqs].to(model.device) for k, v in inputs.items()}, **cache)
+
+
 def _catch(model, blocks, inputs, every=False):
     "Hidden states before the first block; [(args, kwargs)] of what it is called with, with `every` of each block."
     first, calls = [], []
@@ -53,7 +59,7 @@ def _catch(model, blocks, inputs, every=False):
             stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if (head := model.get_output_embeddings()) is not None:
             stack.callback(head.register_forward_pre_hook(_end).remove)
-        model(**inputs, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
+        run_model(model, inputs)
     if len(calls) < (len(blocks) if every else 1):
         raise _unsupported(model, "leaves out some of its blocks")
     return first[0], calls

@@ -6,7 +6,6 @@
 __all__ = ['CHOICES', 'output_prices', 'check_budget', 'predicted_losses', 'allocate_bits', 'auto_bits', 'bits_table']
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #7bd65031
-import contextlib
 import math
 import re
 from dataclasses import replace
@@ -18,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AespaError
-from ..model.blocks import expert_matrices, kind_of, linears_of, weight_of
-from ..model.capture import Watch, capturing
+from ..model.blocks import kind_of, linears_of, weight_of
 from ..model.statistics import block_losses, parts_of, survey
 from .block import part_weight
 from .config import AespaConfig, bits_of
 from .layer import round_layer
-from .run import Run, blocks_of
+from .end_loss import read_gradients
+from .run import Run
 from ..rounding.grid import check_bits
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #ffecb2f1
@@ -35,38 +34,10 @@ def output_prices(
 ) -> dict[str, Float[Tensor, " out"]]:
     """What a squared unit of error at each output of each linear costs in nats: half the Fisher diagonal.
 
-    Raises `AespaError` if the model has no logits."""
-    prices, count, generator = {}, 0, torch.Generator().manual_seed(seed)
-
-    def follow(name, y):
-        "Lets the gradient of `y`, when it comes, add to the prices; what the model is to go on with."
-        y = y if y.requires_grad else y.detach().requires_grad_()
-        squares = lambda g: g.float().pow(2).flatten(0, -2).sum(0)
-        y.register_hook(lambda g: prices.update({name: prices.get(name, 0) + squares(g)}))
-        return y.clone()  # a model may change it in place
-
-    wanted, matrices = [p for p in model.parameters() if p.requires_grad], {}
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [p.requires_grad_() for p in wanted])
-        model.requires_grad_(False)
-        for path, block in blocks_of(model).items():
-            experts = {at: f"{path}.{name}" for at, name in expert_matrices(block).items()}
-            matrices |= experts
-            for name in {f"{path}.{name}" for name in linears_of(block)} - set(experts.values()):
-                hook = lambda module, args, y, name=name: follow(name, y)
-                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-        stack.enter_context(capturing(model))
-        stack.enter_context(Watch(matrices, lambda name, X, Y: follow(name, Y)))
-        stack.enter_context(torch.enable_grad())
-        for i in range(len(next(iter(inputs.values())))):
-            one = {k: v[i : i + 1].to(model.device) for k, v in inputs.items()}
-            logits = getattr(model(**one), "logits", None)
-            if logits is None:
-                raise AespaError(f"{type(model).__name__} has no logits: bits are allocated by what it predicts")
-            logits = logits.flatten(0, -2).float().log_softmax(-1)
-            labels = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator)
-            logits.gather(-1, labels.to(logits.device)).sum().backward()
-            count += len(labels)
+    Raises as `read_gradients`, of whose matrices it is the diagonal."""
+    prices = {}
+    add = lambda name, g: prices.update({name: prices.get(name, 0) + g.pow(2).sum(0)})
+    count = read_gradients(model, inputs, add, seed=seed)
     return {name: price / (2 * count) for name, price in prices.items()}
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #374514eb
