@@ -121,7 +121,8 @@ class Source:
 
 # %% ../nbs/guides/89_options.ipynb #4fefb10e
 PRESETS_TEXT = (
-    "rtn (nearest code), gptq, zfold, adaround, aespa (the paper), best (ours, no gradients) and max (best, tuned); "
+    "rtn (nearest code), gptq, gptaq, zfold, adaround, aespa (the paper), best (ours, no gradients), max (best, and "
+    "learned from the predictions with the whole model in memory); "
     "by others: awq, omniquant, affinequant, turboboa, brecq, signround"
 )
 SET = "Any other field of the configuration (`Recipe`), e.g. end_to_end=100."

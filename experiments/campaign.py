@@ -1,7 +1,6 @@
 """Hours on one core, for the chapters on ablations and on Kronecker losses: `make records`.
 
 python experiments/campaign.py ablations      parts of the recipe on and off; nbs/runs/campaign.json
-python experiments/campaign.py ends           losses and scales from the end of the network; nbs/runs/ends.json
 python experiments/campaign.py layers         the two solvers on the loss of every layer; nbs/runs/layers.json
 python experiments/campaign.py precompute     a learning step with the data and without; nbs/runs/precompute.json
 """
@@ -27,12 +26,24 @@ from aespa_nb.rounding.grid_search import fit_grid
 from common import SAMPLES, resume, rounded, stamp
 
 SOLVED = dict(objective="gauss-newton", solver="descent")
+SEARCHED = dict(grid="hessian")
 ABLATIONS = {  # name -> (preset, changes); the first six change objective and solver alone
     **{f"{o}, {s}": ("gptq", dict(objective=o, solver=s)) for o in ("layer", "attention", "gauss-newton")
        for s in ("gptq", "descent")},
     "damping 0.05": ("gptq", dict(**SOLVED, damping=0.05)),
     "full-precision target": ("gptq", dict(**SOLVED, damping=0.05, correction=0.8)),
     "best": ("best", {}),
+    "best, end loss": ("best", dict(end_loss=True)),
+    "best, scales end to end": ("best", dict(end_to_end=100)),
+    "max": ("max", {}),  # best with both
+    "max, scales of each block before": ("max", dict(tuning=40)),
+    "best, scales of each block": ("best", dict(tuning=40)),
+    **{f"{name}, searched grid": (preset, SEARCHED | changes) for name, preset, changes in (
+        ("best", "best", {}), ("best, layer-wise objective", "best", dict(objective="layer")),
+        ("adaround", "adaround", {}), ("aespa", "aespa", {}))},
+    "adaround": ("adaround", {}),
+    "aespa": ("aespa", {}),
+    "aespa, 2000 steps": ("aespa", dict(iterations=2000)),
     "best, layer-wise objective": ("best", dict(objective="layer")),
     "best, the paper's objective": ("best", dict(objective="attention")),
     "best, damping 0.01": ("best", dict(damping=0.01)),
@@ -42,41 +53,19 @@ ABLATIONS = {  # name -> (preset, changes); the first six change objective and s
     "best, one start": ("best", dict(starts=1)),
     "best, six starts": ("best", dict(starts=6)),
     "best, Z-Fold": ("best", dict(zfold=True)),
-    "max": ("max", {}),
 }  # fmt: skip
-ENDS = {  # what is in no preset yet: losses from the end of the network, scales learned there, the other grid
-    **{f"{preset}{name}": (preset, changes) for preset in ("best", "max") for name, changes in {
-        "": {},
-        ", end loss": dict(end_loss=True),
-        ", scales end to end": dict(end_to_end=100),
-        ", compensated grid": dict(grid="compensated"),
-        ", all three": dict(end_loss=True, end_to_end=100, grid="compensated"),
-    }.items()},
-    **{f"{name}, {g} grid": (preset, changes | dict(grid=g)) for g in ("hessian", "compensated")
-       for name, preset, changes in (("best, layer-wise losses", "best", dict(objective="layer")),
-                                     ("adaround, 500 steps", "adaround", dict(iterations=500)),
-                                     ("aespa, 500 steps", "aespa", dict(iterations=500)))},
-}  # fmt: skip
-
-
-def changed(reference, record: str, recipes: dict):
-    "Each recipe, a preset with changes, at 2 bits; seed 0 of all of them first."
-    jobs = [dict(name=name, bits=2, seed=seed) for seed in (0, 1) for name in recipes]
-
-    def run(job):
-        preset, changes = recipes[job["name"]]
-        config = AespaConfig.preset(preset, job["bits"], seed=job["seed"], samples=SAMPLES, **changes)
-        return dict(preset=preset, changes=changes) | rounded(reference, config)[2]
-
-    resume(record, jobs, run)
 
 
 def ablations(reference):
-    changed(reference, "campaign", ABLATIONS)
+    "Each recipe, a preset with changes, at 2 bits; seed 0 of all of them first."
+    jobs = [dict(name=name, bits=2, seed=seed) for seed in (0, 1, 2) for name in ABLATIONS]
 
+    def run(job):
+        preset, changes = ABLATIONS[job["name"]]
+        config = AespaConfig.preset(preset, job["bits"], seed=job["seed"], samples=SAMPLES, **changes)
+        return dict(preset=preset, changes=changes) | rounded(reference, config)[2]
 
-def ends(reference):
-    changed(reference, "ends", ENDS)
+    resume("campaign", jobs, run, whole=True)
 
 
 def layer_losses(reference, objective: str):
@@ -112,7 +101,7 @@ def solvers(W, loss, recipe) -> dict:
 
 def layers(reference):
     for bits in (2, 3):
-        recipe = AespaConfig.preset("aespa", bits)
+        recipe = AespaConfig.preset("aespa", bits, iterations=2000)
         for name, W, loss in layer_losses(reference, recipe.objective):
             run = functools.partial(solvers, W, loss.damped(recipe.damping), recipe)
             resume("layers", [dict(layer=name, bits=bits)], lambda job, run=run: run())
@@ -148,5 +137,5 @@ def precompute(reference, steps: int = 20):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("ablations", "ends", "layers", "precompute"))
+    parser.add_argument("which", choices=("ablations", "layers", "precompute"))
     globals()[parser.parse_args().which](load_reference())

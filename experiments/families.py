@@ -67,12 +67,9 @@ FAMILIES = {  # name -> (class of transformers, fields of its configuration)
 }
 AUTO = dict(BERT=hf.AutoModelForMaskedLM, ViT=hf.AutoModel, Whisper=hf.AutoModelForSpeechSeq2Seq)
 AUTO |= dict(T5=hf.AutoModelForSeq2SeqLM)
-RECIPES = {  # on one grid, so that only loss and solver differ; then with the grid that GPTQ's preset has
-    "gptq": ("gptq", dict(grid="hessian")),
-    "aespa": ("aespa", {}),
-    "best": ("best", {}),
-    "gptq, own grid": ("gptq", {}),
-    "aespa, gptq's grid": ("aespa", dict(grid="compensated")),
+RECIPES = {  # all on one grid; the last two are aespa and best without their attention-aware losses
+    **{preset: (preset, {}) for preset in ("gptq", "aespa", "best")},
+    **{f"{preset}, layer-wise": (preset, dict(objective="layer")) for preset in ("aespa", "best")},
 }
 
 

@@ -12,7 +12,7 @@ import sys
 from common import ROOT, RUNS, stale
 
 HERE = "experiments"
-METHODS = "rtn awq omniquant affinequant gptq zfold turboboa adaround brecq signround aespa best max".split()
+METHODS = "rtn awq omniquant affinequant gptq gptaq zfold turboboa adaround brecq signround aespa best max".split()
 COMPARE = ["-m", "aespa_nb", "compare"]
 SAMPLED = "--samples 64 --eval-samples 128".split()
 DEMO = """import json; from aespa_nb.experiments.records import *; found = json.load(open("build/demo/results.json"))
@@ -27,7 +27,6 @@ OWNERS = {  # record -> the commands that make it, as words behind `python`
                      "aespa", "best", "max", *"--bits 2 3".split(), *SAMPLED, "--out", "nbs/runs/compare-opt"]],
     "demo": [["-m", "aespa_nb", "demo", "--out", "build/demo"], ["-c", DEMO]],
     "campaign": [[f"{HERE}/campaign.py", "ablations"]],
-    "ends": [[f"{HERE}/campaign.py", "ends"]],
     "layers": [[f"{HERE}/campaign.py", "layers"]],
     "precompute": [[f"{HERE}/campaign.py", "precompute"]],
     "faults": [[f"{HERE}/faults.py", *words.split()] for words in (

@@ -15,7 +15,7 @@ from aespa_nb.experiments.records import stamp
 from common import resume
 
 FORMATS = dict(g64=(2, 64), row=(3, None))  # bits, inputs that share a scale
-STEPS = dict(adaround=200, aespa=200, signround=50, max=200)
+FEWER = dict(adaround=dict(iterations=200), aespa=dict(iterations=200), signround=dict(iterations=50))
 PROMPTS = "What is the capital of France?", "What is a file system?", "Give me a rhyme about rain."
 TEXT = "handbook", 32, 512, 12  # calibration windows, their tokens, windows that measure
 
@@ -41,14 +41,14 @@ def measure(job):
         scores = dict(kl=0.0, perplexity=evaluate_model(model, heldout).perplexity, top1=1.0, cpu_seconds=0.0)
         return row | scores | dict(answers=answers(model, tokenizer))
     bits, size = FORMATS[job["format"]]
-    steps = {"iterations": STEPS[job["preset"]]} if job["preset"] in STEPS else {}
-    config = AespaConfig.preset(job["preset"], bits, group_size=size, seed=job["seed"], **steps)
+    changes = FEWER.get(job["preset"], {})
+    config = AespaConfig.preset(job["preset"], bits, group_size=size, seed=job["seed"], **changes)
     calib = calibration_windows(source, tokenizer, samples, seqlen, job["seed"]).tokens
     rounded, start = copy.deepcopy(model), time.process_time()
     report = quantize_model(rounded, calib, config)
     row |= dict(cpu_seconds=time.process_time() - start, seconds=report.seconds, peak_MiB=report.peak_bytes / 2**20)
     row |= evaluate_model(rounded, heldout, model)._asdict() | dict(bits_per_weight=report.bits_per_weight)
-    return row | dict(answers=answers(rounded, tokenizer), notes=report.notes, made=stamp(config))
+    return row | dict(answers=answers(rounded, tokenizer), notes=report.notes, changes=changes, made=stamp(config))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from aespa_nb.attention.block_error import AttentionBlock
 from aespa_nb.attention.forward import causal_mask, rope_cos_sin, rope_matrices
 from aespa_nb.attention.kronecker_losses import AttentionStatistics
 from aespa_nb.model.blocks import stacks_of
+from beartype import beartype
+from jaxtyping import jaxtyped
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -12,6 +14,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -24,25 +28,48 @@ MODELS = {
     "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=48)),  # q, k, v in one linear
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
 }
+EXPERTS = dict(num_key_value_heads=2, intermediate_size=16, num_local_experts=4)
+POST_NORM = dict(ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)
+MORE = {  # for the tests that name them
+    "opt-post-norm": lambda: OPTForCausalLM(OPTConfig(**SMALL, **POST_NORM)),
+    "moe": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, **EXPERTS)),
+}
+
+
+def fresh(kind="llama"):
+    "A model as it is initialized, the same each time."
+    torch.manual_seed(0)
+    return (MODELS | MORE)[kind]().eval()
 
 
 def small(kind="llama", dtype=torch.float32):
     "A model whose blocks speak up: random ones add little to the stream."
-    torch.manual_seed(0)
-    model = MODELS[kind]().eval().requires_grad_(False).to(dtype)
+    model = fresh(kind).requires_grad_(False).to(dtype)
     for p in model.get_submodule(stacks_of(model)[0]).parameters():
         p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
     return model
 
 
-def attention_module(seed, kv=2, group=2, d=4, inp=6, tok=5, seqs=4, rotated=True, scaling=None):
+def loud(kind="llama", factor=10):
+    "A small model whose predictions are far from even, so that rounding moves them."
+    model = small(kind)
+    model.get_output_embeddings().weight.mul_(factor)
+    return model
+
+
+def checked(module, name):
+    "A function of a module that checks its annotations, the shapes of tensors included."
+    return jaxtyped(typechecker=beartype)(getattr(module, name))
+
+
+def attention_module(seed, kv=2, group=2, d=4, inp=6, tok=5, seqs=4, rotated=True, causal=True, scaling=None):
     "A random attention module in double precision, its inputs `[seqs inp tok]`, and a change of its `W_q`."
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     rows = kv * group * d, kv * d, kv * d
     W, W_o = [draw(r, inp) / 2 for r in rows], draw(inp, rows[0])
     rope = rope_cos_sin(tok, d) if rotated else None
-    block = AttentionBlock(*W, W_o, kv * group, kv, rope, causal_mask(tok), scaling)
+    block = AttentionBlock(*W, W_o, kv * group, kv, rope, causal_mask(tok) if causal else None, scaling)
     return block, draw(seqs, inp, tok), draw(*W[0].shape)
 
 

@@ -67,7 +67,9 @@ def test_what_fails_after_the_work_is_a_note(part, without, tmp_path, monkeypatc
     assert main([*RTN, str(tmp_path / "out"), "--resume"]) == 0
 
 
-def test_demo_compares_and_saves(tmp_path, capsys):
+def test_demo_compares_and_saves(one_block, tmp_path, monkeypatch, capsys):
+    load = Source.load
+    monkeypatch.setattr(Source, "load", lambda self: load(Source(one_block)))
     words = "demo --bits 3 --presets rtn aespa --samples 2 --eval-samples 4 --iterations 2 --quiet --out".split()
     assert main([*words, str(tmp_path / "demo")]) == 0
     rows = json.loads((tmp_path / "demo/results.json").read_text())["rows"]
@@ -98,6 +100,7 @@ WRONG = {
     "quantize reference --device cuda:77": "--device cuda:77 can't be used here",
     "compare reference --bits 2 12 --presets rtn": "not 12",
     "compare reference --sampels 8": "No such option: --sampels",
+    "eval reference --samples 8": "see aespa_nb eval --help",
     "nonsense": "No such command 'nonsense'",
 }
 
@@ -108,12 +111,6 @@ def test_bad_input_is_one_line_and_exit_code_2(words, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert WRONG[words] in printed and printed.count("\n") == 1 and printed.startswith("aespa_nb: error: ")
     assert not list(tmp_path.iterdir())
-
-
-def test_an_option_of_another_command_points_to_the_help(capsys):
-    assert main(["eval", "reference", "--reference", "reference", "--samples", "8"]) == 2
-    said = capsys.readouterr().err
-    assert "No such option: --samples" in said and "see aespa_nb eval --help" in said
 
 
 def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
@@ -173,7 +170,7 @@ def test_damaged_and_pickled_checkpoints_are_refused(local, tmp_path, capsys):
     model.save_pretrained(tmp_path / "broken")
     load_reference().tokenizer.save_pretrained(tmp_path / "broken")
     words = ["quantize", str(tmp_path / "broken"), *local[1], "--out", str(tmp_path / "out")]
-    assert main(words) == 2 and "NaN" in capsys.readouterr().err
+    assert main(words) == 2 and "layers.0.mlp.up_proj.weight has NaN" in capsys.readouterr().err
     (tmp_path / "broken/model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "broken/pytorch_model.bin")
     assert main(words) == 2

@@ -47,8 +47,8 @@ import aespa_nb, aespa_nb.cli, aespa_nb.experiments.cost, aespa_nb.experiments.c
 from aespa_nb import export_model, read_quantized
 sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
 model, tokens = LlamaForCausalLM(LlamaConfig(**sizes)), torch.randint(0, 64, (4, 16))
-for preset in ("max", "omniquant"):
-    config = aespa_nb.AespaConfig.preset(preset, 4, iterations=2)
+for preset, few in (("max", dict(end_to_end=2)), ("omniquant", dict(iterations=2))):
+    config = aespa_nb.AespaConfig.preset(preset, 4, **few)
     report = aespa_nb.quantize_model(model, tokens, config)
 export_model(model, report, sys.argv[2])
 read_quantized(sys.argv[2])

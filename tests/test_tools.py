@@ -1,6 +1,7 @@
 """The checks in tools/ fail when they should."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -162,20 +163,19 @@ def runner(folder, *args):
     return subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
 
 
-def test_notebook_runner_stores_and_checks(repo):
+def test_notebook_runner_stores_and_checks(repo, monkeypatch):
     "In its own folder, twice to the same bytes; wrong outputs and failing cells are found, `eval: false` left alone."
-    path = repo / "nbs/rounding/11_run.ipynb"
+    path, wrong, fails = (repo / f"nbs/rounding/{name}.ipynb" for name in ("11_run", "12_wrong", "13_fails"))
     nbformat.write(notebook("1 / 8", "import os\nprint(os.path.basename(os.getcwd()))", "#| eval: false\n1 / 0"), path)
-    assert runner(repo, path).returncode == 0
-    first = path.read_bytes()
-    assert b'"rounding\\n"' in first
-    assert runner(repo, path).returncode == 0 and path.read_bytes() == first
-    done = runner(repo, "--check", path)
-    assert done.returncode == 0 and "checked: 2 cells in 1 notebooks" in done.stdout
+    monkeypatch.chdir(repo)
+    store = lambda: (run_nbs.one(path, check=False, flags=(), made_by="another machine")[3], path.read_bytes())
+    complaints, first = store()
+    assert not complaints and store() == ([], first) and b'"rounding\\n"' in first
 
-    edit(path, "0.125", "0.225")
-    fails = repo / "nbs/rounding/12_fails.ipynb"
+    shutil.copy(path, wrong)
+    edit(wrong, "0.125", "0.225")
     nbformat.write(notebook("1 / 0"), fails)
-    done = runner(repo, "--check", path, fails)
+    done = runner(repo, "--check", path, wrong, fails)
     assert done.returncode == 1 and "now:    0.125" in done.stdout and "ZeroDivisionError" in done.stdout
-    assert "0.225" in path.read_text()
+    assert re.findall(r"(ok|FAILED) +rounding/(\d+)", done.stdout) == [("ok", "11"), ("FAILED", "12"), ("FAILED", "13")]
+    assert "checked: 4 cells in 3 notebooks" in done.stdout and "0.225" in wrong.read_text()

@@ -81,6 +81,12 @@ class KroneckerLoss:
     def __call__(self, dW: Float[Tensor, "*any inp"]) -> Float[Tensor, ""]:
         return _Quadratic.apply(self.split(dW), self.H, self.G)
 
+    @property
+    def curvature(self) -> Float[Tensor, "*#heads #rows inp"]:
+        "What a squared error of 1 in each single weight costs: `G_ii H_jj`."
+        column = self.H.diagonal(dim1=-2, dim2=-1)[..., None, :]
+        return column if self.G is None else self.G.diagonal(dim1=-2, dim2=-1)[..., None] * column
+
     def damped(self, ratio: float = 0.01) -> "KroneckerLoss":
         "The same loss with a share of the mean diagonal added to both matrices."
         return KroneckerLoss(damp(self.H, ratio), None if self.G is None else damp(self.G, ratio))

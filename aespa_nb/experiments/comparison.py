@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..data.scores import evaluate_model
 from ..errors import AespaError, UnsupportedModelError
+from .records import stamp
 from ..model.checkpoint import read_json
 from ..quantize.config import AespaConfig
 from ..quantize.journal import fingerprint, machine, write_json
@@ -90,7 +91,8 @@ def measure_run(
     report = quantize_model(model, calib, config, progress)
     cost = dict(seconds=report.seconds, cpu_seconds=time.process_time() - start, peak_MiB=report.peak_bytes / 2**20)
     scores = evaluate_model(model, heldout, full, device=config.device)._asdict()
-    return run._asdict() | scores | cost | dict(bits_per_weight=report.bits_per_weight, notes=report.notes) | machine()
+    facts = dict(bits_per_weight=report.bits_per_weight, notes=report.notes, made=stamp(config))
+    return run._asdict() | scores | cost | facts | machine()
 
 # %% ../../nbs/experiments/80_comparison.ipynb #e10f33d2
 def compare(

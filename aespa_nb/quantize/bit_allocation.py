@@ -63,7 +63,8 @@ def predicted_losses(
 ) -> dict[str, dict[int, float]]:
     "KL in nats per token that rounding each linear alone is expected to cost, by name and bits."
     solver = "rtn" if config.solver == "rtn" else "gptq"  # a quick recipe on the same grid
-    quick = dict(method="layers", objective="layer", solver=solver, zfold=False, correction=0.0, tuning=0)
+    quick = dict(method="layers", objective="layer", solver=solver, zfold=False, correction=0.0)
+    quick |= dict(end_loss=False, tuning=0, end_to_end=0)
     quick, losses = replace(config, **quick), {}
     with Run(model, tokens, quick, progress) as run:
         prices = output_prices(model, {k: v[:sequences] for k, v in run.inputs.items()}, config.seed)

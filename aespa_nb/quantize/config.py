@@ -78,14 +78,14 @@ class Recipe:
     method: Annotated[str, _one_of(METHODS, "layers")] = "layers"  # or a whole-block method, which uses few fields
     objective: Literal["layer", "attention", "gauss-newton"] = "attention"  # losses: tr(dW H dW^T); the paper's; ours
     end_loss: bool = False  # linears without a G of their own: the G of what an error costs the model's predictions
-    grid: Literal["minmax", "hessian", "compensated"] = "hessian"  # full range; searched under H; for GPTQ's weights
+    grid: Literal["minmax", "hessian", "compensated"] = "compensated"  # the full range; under H; for GPTQ
     zfold: bool = False  # per-input scales where they are free
     solver: Annotated[str, _one_of(SOLVERS)] = "gptq+adaround"  # "adaround" starts from the nearest codes
     starts: Annotated[int, Field(ge=1, le=6)] = 1  # grids that the descent starts from
     correction: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the accumulated error of earlier layers to undo
     tuning: NonNegativeInt = 0  # Adam steps on scales and norm weights, through the whole block
     end_to_end: NonNegativeInt = 0  # Adam steps on all of them at the end, through the whole model
-    iterations: PositiveInt = 2000  # Adam steps per layer
+    iterations: PositiveInt = 500  # Adam steps per layer; the paper: 2000
     lr: PositiveFloat | None = None  # of Adam; None: 30 / iterations, the paper's 0.015 at 2000 steps
     loss_scale: PositiveFloat = 0.01  # weight of the loss against the rounding penalty
     damping: NonNegativeFloat = 0.01  # share of the mean diagonal of H and G added to the diagonal
@@ -116,7 +116,7 @@ class AespaConfig(Recipe):
         if self.end_loss and (self.method != "layers" or self.solver in ("rtn", "gptq")):
             raise AespaError("end_loss weighs outputs, which only descent, adaround, gptq+adaround and boa look at")
         if self.zfold and self.grid == "minmax":
-            raise AespaError('zfold searches its grids under H: use grid="hessian", or zfold=False')
+            raise AespaError('zfold searches its grids: use another one than "minmax", or zfold=False')
 
     @classmethod
     def preset(cls, name: str, bits: int = 2, **changes) -> "AespaConfig":
@@ -137,13 +137,14 @@ PRESETS = {
     "awq": dict(method="awq"),
     "omniquant": dict(method="omniquant", iterations=200),
     "affinequant": dict(method="affinequant", iterations=200),
-    "gptq": dict(objective="layer", grid="compensated", solver="gptq"),
-    "zfold": dict(objective="layer", grid="compensated", solver="gptq", zfold=True),
+    "gptq": dict(objective="layer", solver="gptq"),
+    "gptaq": dict(objective="layer", solver="gptq", correction=1.0),
+    "zfold": dict(objective="layer", solver="gptq", zfold=True),
     "turboboa": dict(objective="attention", grid="hessian", solver="boa", correction=0.5, damping=0.05),
-    "adaround": dict(objective="layer", grid="hessian", solver="adaround"),
+    "adaround": dict(objective="layer", solver="adaround"),
     "brecq": dict(method="brecq", iterations=300),
     "signround": dict(method="signround", iterations=200),
-    "aespa": dict(objective="attention", grid="hessian", solver="gptq+adaround"),
+    "aespa": dict(objective="attention", solver="gptq+adaround"),
     "best": _BEST,
-    "max": dict(_BEST, tuning=40),
+    "max": dict(_BEST, end_loss=True, end_to_end=100),
 }

@@ -3,11 +3,11 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import attention_module
 from torch.testing import assert_close
 
 from aespa_nb.attention.forward import attend, causal_mask, merge_heads, rope_cos_sin, rope_matrices, rotate
 from aespa_nb.attention.block_error import (
-    AttentionBlock,
     attention_error_bound,
     block_loss,
     layerwise_loss,
@@ -21,9 +21,9 @@ from aespa_nb.attention.block_error import (
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 shapes = st.fixed_dictionaries(
     {
-        "n_kv_heads": st.integers(1, 3),
+        "kv": st.integers(1, 3),
         "group": st.integers(1, 3),
-        "d_head": st.sampled_from([2, 4, 6]),
+        "d": st.sampled_from([2, 4, 6]),
         "inp": st.integers(3, 9),
         "tok": st.integers(1, 7),
         "seed": st.integers(0, 999),
@@ -33,15 +33,11 @@ shapes = st.fixed_dictionaries(
 )
 
 
-def case(n_kv_heads, group, d_head, inp, tok, seed, rotated, causal):
+def case(seed, **shape):
     "A random attention module, its inputs and a source of changes."
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    n = n_kv_heads * group
-    W = draw(n * d_head, inp), draw(n_kv_heads * d_head, inp), draw(n_kv_heads * d_head, inp), draw(inp, n * d_head)
-    rope = rope_cos_sin(tok, d_head) if rotated else None
-    block = AttentionBlock(*W, n, n_kv_heads, rope, causal_mask(tok) if causal else None)
-    return block, draw(2, inp, tok), draw
+    block, X, _ = attention_module(seed, seqs=2, **shape)
+    g = torch.Generator().manual_seed(seed + 1)
+    return block, X, lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
 def heads_as_rows(Y, n):
@@ -92,7 +88,7 @@ def test_refined_q_and_k_are_score_changes_pair_by_pair(shape):
     "By loops over sequences, heads, queries and keys, with rotation matrices."
     block, X, draw = case(**shape)
     seen, dW_q, dW_k = block(X), draw(*block.W_q.shape), draw(*block.W_k.shape)
-    d, group, tok = shape["d_head"], shape["group"], shape["tok"]
+    d, group, tok = shape["d"], shape["group"], shape["tok"]
     R = rope_matrices(*block.rope) if block.rope else torch.eye(d, dtype=X.dtype).expand(tok, d, d)
     q = k = 0.0
     for b in range(2):
@@ -138,7 +134,7 @@ def test_softmax_jacobian_is_a_covariance_below_one_half(n, spread, seed):
 
 
 def test_dtype_follows_and_arguments_stay():
-    block, X, _ = case(2, 2, 4, 6, 5, 0, False, False)
+    block, X, _ = case(0, rotated=False)
     before = X.clone()
     W = (block.W_q.float(), block.W_k.float(), block.W_v.float())
     seen = attend(X.float(), W, 4, 2, rope_cos_sin(5, 4, dtype=torch.float32), causal_mask(5, dtype=torch.float32))

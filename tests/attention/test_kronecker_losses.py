@@ -143,3 +143,16 @@ def test_damping_makes_both_sides_positive_definite():
     damped = loss.damped(0.01)
     assert torch.linalg.eigvalsh(damped.H)[0] > 0.009 and torch.linalg.eigvalsh(damped.G)[0] > 0.009
     assert loss.H.equal(v @ v.T)
+
+
+@few
+@given(st.integers(0, 99), st.sampled_from([(1, 0), (3, 0), (1, 1), (3, 3), (1, 3)]))
+def test_curvature_is_the_loss_of_single_weights(seed, heads):
+    g, (h, w) = torch.Generator().manual_seed(seed), heads
+    root = lambda n, size: torch.randn(*((n,) if n > 1 else ()), size, size, generator=g, dtype=float64)
+    H, G = root(h, 4), root(w, 2) if w else None
+    loss = KroneckerLoss(H @ H.mT, None if G is None else G @ G.mT)
+    rows = 2 * loss.heads
+    each = torch.eye(rows * 4, dtype=float64).view(-1, rows, 4)
+    found = loss.curvature.expand_as(loss.split(each[0])).reshape(-1)
+    assert_close(found, torch.stack([loss(dW) for dW in each]))

@@ -7,7 +7,7 @@ from models import MODELS
 from torch.testing import assert_close
 
 from aespa_nb.baselines import affinequant as module
-from aespa_nb.baselines.affinequant import AffineLinears, affinequant, dominant, gradual_mask, mix_values, unmix_output
+from aespa_nb.baselines.affinequant import AffineLinears, affinequant, dominant, gradual_mask
 from aespa_nb.baselines.omniquant import omniquant
 from aespa_nb.model.block_tuning import block_error
 
@@ -105,15 +105,3 @@ def test_with_its_partner_kept_a_linear_keeps_its_basis(task):
     bias = t.block.self_attn.v_proj.bias.clone()
     assert affinequant(t).keys() == t.bits.keys() and torch.equal(t.block.self_attn.v_proj.bias, bias)
     assert said[0].startswith("per-input scales only")
-
-
-def test_mixing_and_unmixing_are_inverse():
-    generator = torch.Generator().manual_seed(0)
-    A = torch.eye(4).double() + 0.1 * torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
-    W = torch.randn(6, 16, generator=generator, dtype=torch.float64)
-    assert_close(unmix_output(unmix_output(W, A, 4), torch.linalg.inv(A), 4), W)
-    rows, W_v = torch.tensor([[8, 9, 2, 3], [0, 1, 4, 5]]), torch.randn(10, 3, generator=generator).double()
-    mixed = mix_values(W_v, A, rows)
-    assert torch.equal(mixed[6:8], W_v[6:8])
-    assert_close(mix_values(mixed, torch.linalg.inv(A), rows), W_v)
-    assert_close(mix_values(W_v[:, 0], A, rows), mixed[:, 0])

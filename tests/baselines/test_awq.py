@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 from blocks import nearest, weights
-from models import small
+from models import SMALL, small
 from torch.testing import assert_close
+from transformers import OPTConfig, OPTForCausalLM
 
 from aespa_nb.baselines.awq import Group, Reader, awq, candidate_scales, column_sizes, read_inputs, scale_groups
 from aespa_nb.errors import AespaError, UnsupportedModelError
@@ -69,16 +70,9 @@ def test_the_search_equals_brute_force_on_uncorrelated_inputs(task, divide):
     assert_close(zeta * best / (zeta * best)[0], torch.ones(32))
 
 
-def test_scales_are_powers_of_sizes():
-    x, w = torch.tensor([1.0, 4.0, 16.0, 0.0]), torch.tensor([0.5, 0.5, 1.0, 1.0])
-    scales = list(candidate_scales(x, w, 3))
-    assert len(scales) == 6 and len(list(candidate_scales(x, w, 3, divide=False))) == 3
-    assert_close(scales[0], torch.ones(4))
-    assert_close(scales[1][2] / scales[1][0], torch.tensor(4.0))
-    assert_close(scales[2][1] / scales[2][0], torch.tensor(4.0))
-    assert_close(scales[5], scales[2])
-    assert_close(scales[4][2] / scales[4][0], torch.tensor(4 * 0.5**0.5))
-    assert all((s > 0).all() and s.isfinite().all() for s in scales)
+def test_dead_inputs_have_scales():
+    scales = list(candidate_scales(torch.tensor([1.0, 4.0, 16.0, 0.0]), torch.tensor([0.5, 0.5, 1.0, 1.0]), 3))
+    assert len(scales) == 6 and all((s > 0).all() and s.isfinite().all() for s in scales)
 
 
 def test_column_sizes():
@@ -100,6 +94,13 @@ def test_free_scales_are_free(task, kind):
             if p is not None:
                 p.div_(s if p.ndim == 1 else s[:, None])
         assert block_error(t.block, t.stream, t.target) < before + 1e-9
+
+
+def test_where_scales_are_free():
+    gelu = OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, activation_function="gelu"))
+    free = lambda model: [s for s, _ in zeta_groups(model)]
+    assert "self_attn.v_proj" not in free(small("llama")) and "self_attn.v_proj" in free(small("mha"))
+    assert free(small("opt-post-norm")) == ["self_attn.v_proj", "fc1"] and "fc1" not in free(gelu)
 
 
 def test_groups_share_their_scales(task):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from blocks import TOKENS, error, nearest, weights
-from models import small
+from models import fresh, small
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from aespa_nb import AespaConfig, quantize_model
 from aespa_nb.errors import AespaError, NumericalError, UnsupportedModelError
@@ -18,7 +18,6 @@ from aespa_nb.rounding.gptq import gptq
 from aespa_nb.rounding.grid import minmax_grid
 from aespa_nb.rounding.packing import RoundedWeight
 
-SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 FEW = TOKENS[:6]
 KINDS = dict(awq="llama mha opt", omniquant="llama mha opt neox", affinequant="llama mha opt neox bloom")
 KINDS |= dict(brecq="llama opt", signround="llama opt")
@@ -84,8 +83,7 @@ def test_bad_options_and_nan_are_refused_and_the_block_stays(task, method):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=32)).eval()
+    return fresh("llama")
 
 
 def run(model, method, monkeypatch=None, **changes):
@@ -96,27 +94,29 @@ def run(model, method, monkeypatch=None, **changes):
     return rounded, quantize_model(rounded, FEW, AespaConfig(method=method, **changes))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("changes", [{}, {"group_size": 16}, {"symmetric": True}, {"bits": 3, "keep": {"v_proj": 16}}])
-def test_weights_are_made_from_records_and_errors_below_rtn(model, method, changes):
-    rounded, report = run(model, method, iterations=10, **changes)
-    assert len(report.layers) == (12 if "keep" in changes else 14)
-    for name, r in report.layers.items():
-        assert r.loss <= r.loss_rtn and torch.equal(r.weight(), rounded.get_submodule(name).weight)
-    rows = report.rows()
-    assert {row["bits"] for row in rows} == {changes.get("bits", 2)}
-    assert torch.isfinite(rounded(FEW).logits).all()
+CASES = {  # changes of the recipe, and the bits of a linear
+    "mixed": (dict(bits=3, keep={"0.": 4}), lambda name: 4 if ".0." in name else 3),
+    "kept": (dict(keep={"v_proj": 16}), lambda name: 16 if "v_proj" in name else 2),
+    "groups": (dict(group_size=16), lambda name: 2),
+    "symmetric": (dict(symmetric=True), lambda name: 2),
+}
 
 
-@pytest.mark.parametrize("method, kind", [(m, kind) for m in METHODS for kind in KINDS[m].split()])
-def test_presets_run_with_bits_of_their_own(method, kind):
-    model = small(kind)
-    blocks = model.get_submodule(stacks_of(model)[0])
-    report = quantize_model(model, FEW, AespaConfig.preset(method, 3, iterations=5, keep={"0.": 4}))
-    assert len(report.layers) == sum(len(linears_of(b)) for b in blocks) and torch.isfinite(model(FEW).logits).all()
+@pytest.mark.parametrize(
+    "method, kind, case",
+    [(m, k, case) for m in METHODS for k in KINDS[m].split() for case in CASES if case == "mixed" or k == "llama"],
+)
+def test_weights_are_made_from_records_with_errors_below_rtn(method, kind, case):
+    model, (changes, bits) = small(kind), CASES[case]
+    (path,) = stacks_of(model)
+    names = [f"{path}.{i}.{n}" for i, block in enumerate(model.get_submodule(path)) for n in linears_of(block)]
+    report = quantize_model(model, FEW, AespaConfig.preset(method, iterations=5, **changes))
+    expected = {n: bits(n) for n in names if bits(n) < 16}
+    assert {n: r.grid.bits for n, r in report.layers.items()} == expected
+    assert {row["layer"]: row["bits"] for row in report.rows()} == expected
     for name, r in report.layers.items():
-        assert r.grid.bits == (4 if ".0." in name else 3)
         assert torch.equal(r.weight(), model.get_submodule(name).weight) and 0 < r.loss <= r.loss_rtn
+    assert torch.isfinite(model(FEW).logits).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,9 +130,10 @@ def test_what_cannot_work_is_one_line(model, method):
         run(model, method, group_size=7)
 
 
-def test_an_unknown_method_is_refused():
-    with pytest.raises(AespaError, match="method must be one of layers, "):
-        AespaConfig(method="magic")
+def test_unknown_names_are_refused():
+    for field, names in dict(method="layers, ", solver="rtn, gptq, ").items():
+        with pytest.raises(AespaError, match=f"{field} must be one of {names}.* not 'magic'"):
+            AespaConfig(**{field: "magic"})
 
 
 def test_a_method_gets_the_stream_behind_rounded_blocks_and_the_full_precision_target(model, monkeypatch):
@@ -215,8 +216,3 @@ def test_codes_that_the_grid_does_not_have_are_refused(model, monkeypatch, spoil
     monkeypatch.setitem(SOLVERS, "mine", lambda U, grid, loss, config: (spoil(grid.codes(U)), grid))
     with pytest.raises(AespaError, match="solver 'mine': codes must be whole numbers of 2 bits"):
         quantize_model(copy.deepcopy(model), FEW, AespaConfig(solver="mine"))
-
-
-def test_a_solver_that_nobody_has_named_is_refused():
-    with pytest.raises(AespaError, match="solver must be one of rtn, gptq, .* not 'mine'"):
-        AespaConfig(solver="mine")

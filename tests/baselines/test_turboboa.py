@@ -2,25 +2,20 @@
 
 import pytest
 import torch
-from models import small
+from blocks import TOKENS, error, nearest
 from torch.testing import assert_close
 
 from aespa_nb.quantize.config import AespaConfig
 from aespa_nb.quantize.layer import round_layer
 from aespa_nb.quantize.model import quantize_model
 from aespa_nb.baselines.turboboa import BoaResult, boa, refine_scales
-from aespa_nb.model.blocks import stacks_of
-from aespa_nb.model.stream import BlockStream
 from aespa_nb.rounding.gptq import gptq
-from aespa_nb.rounding.grid import Grid, minmax_grid
+from aespa_nb.rounding.grid import Grid
 from aespa_nb.rounding.grid_search import fit_grid
 from aespa_nb.rounding.hessian import damp
 from aespa_nb.errors import AespaError, NumericalError
 from aespa_nb.attention.kronecker_losses import KroneckerLoss
 from aespa_nb.model.block_tuning import block_error
-
-KINDS = ("llama", "opt")
-TOKENS = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
 
 
 class Problem:
@@ -56,23 +51,18 @@ def brute(W, H, G, grid, order):
     return codes.view_as(W)
 
 
+@pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_free_weight_stands_at_the_least_squares_solution(seed, by_rows):
+def test_every_free_weight_stands_at_the_least_squares_solution(seed, by_rows, act_order):
+    "Row by row or column by column, with the costly rows and columns first or not."
     p = Problem(heads=1, seed=seed)
-    rows, cols = p.W.shape[1:]
-    order = torch.arange(rows * cols).view(rows, cols)
+    costs = lambda M: M[0].diagonal() if act_order else -torch.arange(len(M[0]))
+    rows, columns = (costs(M).argsort(descending=True) for M in (p.G, p.H))
+    order = rows[:, None] * len(columns) + columns
     order = (order if by_rows else order.T).flatten()
-    found = p.solve(act_order=False).codes[0]
+    found = p.solve(act_order=act_order).codes[0]
     assert torch.equal(found, brute(p.W[0], p.H[0], p.G[0], Grid(2, p.grid.scale[0], p.grid.zero[0]), order))
-
-
-def test_costly_rows_and_columns_come_first():
-    p = Problem(heads=1)
-    a, b = (M[0].diagonal().argsort(descending=True) for M in (p.G, p.H))
-    order = (a[:, None] * len(b) + b).flatten()
-    grid = Grid(2, p.grid.scale[0], p.grid.zero[0])
-    assert torch.equal(p.solve().codes[0], brute(p.W[0], p.H[0], p.G[0], grid, order))
 
 
 @pytest.mark.parametrize("each", [True, False])
@@ -179,16 +169,10 @@ def test_round_layer_takes_it(group_size, symmetric):
 
 
 @pytest.mark.parametrize("group_size", [None, 16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_whole_models(kind, group_size):
-    model = small(kind)
-    block = model.get_submodule(stacks_of(model)[0])[0]
-    stream, full = (BlockStream(model, TOKENS) for _ in range(2))
-    full.run(block, keep=True)
-    linears = {n: m.weight for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-    nearest = {f"{n}.weight": minmax_grid(W, 2, group_size).round(W) for n, W in linears.items()}
-    rtn = block_error(block, stream, full.hidden, nearest)
-    report = quantize_model(model, TOKENS, AespaConfig.preset("turboboa", 2, group_size=group_size))
-    assert block_error(block, stream, full.hidden) < 0.9 * rtn
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_whole_models(task, kind, group_size):
+    t = task(kind, group_size=group_size)
+    rtn = error(t, nearest(t))
+    report = quantize_model(t.model, TOKENS, AespaConfig.preset("turboboa", 2, group_size=group_size))
+    assert block_error(t.block, t.stream, t.target) < 0.9 * rtn
     assert all(int(r.codes.max()) <= 3 for r in report.layers.values())
-    stream.close(), full.close()

@@ -38,16 +38,13 @@ def test_measures_on_a_model_with_known_answers():
     assert evaluate_model(model, tokens, model, batch_size=2).top1 == 1.0
 
 
-def test_a_stride_of_nothing():
+def test_a_stride_of_nothing_and_nan_predictions_are_errors():
+    model, tokens = small(), torch.zeros(2, 16, dtype=torch.int64)
     with pytest.raises(AespaError, match="stride"):
-        perplexity(small(), torch.zeros(2, 16, dtype=torch.int64), stride=0)
-
-
-def test_nan_predictions_are_an_error():
-    model = small()
+        perplexity(model, tokens, stride=0)
     model.lm_head.weight.data[0, 0] = math.nan
     with pytest.raises(AespaError, match="NaN"):
-        perplexity(model, torch.zeros(1, 8, dtype=torch.int64))
+        perplexity(model, tokens)
 
 
 @torch.no_grad()

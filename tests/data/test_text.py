@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from aespa_nb.model.blocks import zeta_groups
 from aespa_nb.data.text import (
     CORPORA,
     Corpus,
@@ -22,9 +21,6 @@ from aespa_nb.data.text import (
 from aespa_nb.errors import AespaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-
-SMALL = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=16)
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=50)
@@ -38,13 +34,6 @@ def test_windows_are_runs_of_the_text(length, seqlen, samples, seed):
     drawn, rest = random_windows(ids, samples, seqlen, seed), consecutive_windows(ids, seqlen)
     assert drawn.shape == (samples, seqlen) and (drawn.diff(dim=1) == 1).all()
     assert torch.equal(rest.flatten(), ids[: length // seqlen * seqlen])
-
-
-def test_splits_of_a_file_do_not_overlap(tmp_path):
-    file = tmp_path / "t.txt"
-    file.write_text("".join(chr(97 + i % 26) for i in range(1000)))
-    first, last = read_text(str(file)).text, read_text(str(file), evaluation=True).text
-    assert first + last == file.read_text() and len(last) == 100
 
 
 def test_text_that_cannot_be_read(tmp_path):
@@ -124,20 +113,21 @@ def test_a_stream_is_read_no_further_than_needed():
         assert _read_split(corpus).text == "0\n\n1\n\n2\n\n3\n\n4"
 
 
-def test_tables_and_folders_on_disk(tmp_path):
-    "Real files, through datasets."
+def test_splits_of_files_and_folders_do_not_overlap(tmp_path):
+    "Real files; all but plain text go through datasets."
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
     rows = [{"body": f"document {i}"} for i in range(50)]
     whole = "\n\n".join(r["body"] for r in rows)
     (tmp_path / "set").mkdir()
+    (tmp_path / "a.txt").write_text(whole)
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     for name, part in {"a": rows, "set/train": rows[:40], "set/test": rows[40:]}.items():
         Dataset.from_list(part).to_parquet(tmp_path / f"{name}.parquet")
-    for kind in ("jsonl", "json", "parquet"):
-        first, last = (read_text(f"{tmp_path}/a.{kind}:body", e).text for e in (False, True))
+    for name in ("a.txt", "a.jsonl:body", "a.json:body", "a.parquet:body"):
+        first, last = (read_text(f"{tmp_path}/{name}", e).text for e in (False, True))
         assert first + last == whole and len(first) == len(whole) * 9 // 10
     assert read_text(f"{tmp_path}/set:test:body").text == "\n\n".join(r["body"] for r in rows[40:])
     with pytest.raises(AespaError, match="has no split dev, but train, test"):
@@ -179,13 +169,3 @@ def test_shared_text_is_said(tmp_path):
     calib, heldout = (f("reference", tokenizer, seqlen=256) for f in both)
     assert shared_warning(calib, heldout) is None
     assert "the same text" in shared_warning(calib, heldout._replace(origin=calib.origin))
-
-
-def test_where_zeta_is_free():
-    gqa = LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=16))
-    mha = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=16))
-    post = OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=16, word_embed_proj_dim=16, do_layer_norm_before=False))
-    gelu = OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=16, word_embed_proj_dim=16, activation_function="gelu"))
-    free = lambda model: [s for s, _ in zeta_groups(model)]
-    assert "self_attn.v_proj" not in free(gqa) and "self_attn.v_proj" in free(mha)
-    assert free(post) == ["self_attn.v_proj", "fc1"] and "fc1" not in free(gelu)

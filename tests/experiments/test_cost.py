@@ -69,7 +69,7 @@ def test_every_phase_has_its_seconds(preset):
     (seconds, work), whole = run(preset), AespaConfig.preset(preset).method != "layers"  # rounds a block at once
     assert set(seconds) <= PHASES and all(s >= 0 for s in seconds.values())
     assert {"embed", "hand-over"} | ({"block"} if whole else {"forward", "hessians", "grid"}) <= set(seconds)
-    expected = {"gptq": "gptq", "adaround": "adam", "aespa": "attention", "best": "descent", "max": "tuning"}
+    expected = {"gptq": "gptq", "adaround": "adam", "aespa": "attention", "best": "descent", "max": "end to end"}
     assert preset not in expected or work[expected[preset]] > 0
 
 

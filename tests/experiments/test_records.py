@@ -6,8 +6,11 @@ import common
 import pytest
 import records
 
+from aespa_nb import AespaConfig
+
 # Made before there were stamps: what is measured again leaves this list, nothing comes onto it.
-STAMPED = ("compare", "scale", "loading", "pays", "attention", "smollm2", "families", "ends")  # beginnings of names
+# (What is not on it is told by how its name begins.)
+STAMPED = tuple("compare scale loading pays attention smollm2 families demo texts layers".split())
 UNSTAMPED = [f"{name}.json" for name in records.OWNERS if not name.startswith(STAMPED)] + ["compare-*/runs/*.json"]
 
 
@@ -40,6 +43,15 @@ def test_only_what_is_stale_is_measured_again(tmp_path, monkeypatch, capsys):
     assert "now they are 1000000" in common.stale(tmp_path / "x.json")
     assert sorted(r["kl"] for r in common.resume("x", [*jobs, dict(preset="best")], run)) == [3, 4, 5]
     assert common.stale(tmp_path / "x.json") is None
+
+
+def test_what_a_preset_was_and_what_its_solver_was_are_told():
+    row = lambda preset, **changes: dict(preset=preset, made=common.stamp(AespaConfig.preset(preset, **changes)))
+    then, aespa = row("best", grid="hessian"), row("aespa")
+    assert common.stale([row("best"), aespa, then | dict(changes=dict(grid="hessian"))]) is None
+    assert "best had grid='hessian'" in common.stale(then)
+    aespa["made"]["numerics"] -= 1  # from before its penalty was counted in curvature
+    assert "numerics" in common.stale(aespa)
 
 
 def test_a_record_needs_a_stamp(tmp_path):

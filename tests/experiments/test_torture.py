@@ -47,64 +47,59 @@ def test_a_clear_line_else(case, message):
     assert row["end"] == "refused" and message in row["why"], row
 
 
-def problem(**changes):
-    "A weight and a loss that is as it should be."
+@pytest.fixture
+def problem():
+    "A weight, and the H of a loss that is as it should be."
     g = torch.Generator().manual_seed(0)
     W, X = torch.randn(8, 16, generator=g), torch.randn(16, 64, generator=g)
-    config = AespaConfig.preset("gptq", 3, **changes)
-    return W, X @ X.T / 64, torch.ones(16), config
+    return W, X @ X.T / 64
 
 
-def rounded(W, H, zeta, config, notes):
-    "The weight that a layer ends with, and its record."
-    layer = round_layer_safely("x", W, KroneckerLoss(H), config, zeta, W, notes)
-    return layer.weight(), layer
+def rounded(W, H, zeta=1.0):
+    "The weight that a layer ends with, its record, and what was noted."
+    notes, config = [], AespaConfig.preset("gptq", 3)
+    layer = round_layer_safely("x", W, KroneckerLoss(H), config, zeta * torch.ones(16), W, notes)
+    return layer.weight(), layer, notes
 
 
-def test_a_good_layer_is_left_alone():
-    W, H, zeta, config = problem()
-    notes = []
-    W_hat, layer = rounded(W, H, zeta, config, notes)
+def test_a_good_layer_is_left_alone(problem):
+    W_hat, layer, notes = rounded(*problem)
     assert layer.loss < layer.loss_rtn and not notes and torch.equal(layer.grid.round(W_hat), W_hat)
 
 
 @pytest.mark.parametrize(
     ("lowest", "how"), [(-0.05, "raised by 0.1"), (-0.5, "raised by 1"), (-30, "no damping helped: rounded to nearest")]
 )
-def test_an_indefinite_hessian_is_damped_in_visible_steps(lowest, how):
-    W, H, zeta, config = problem()
+def test_an_indefinite_hessian_is_damped_in_visible_steps(problem, lowest, how):
+    W, H = problem
     Q, values = torch.linalg.eigh(H).eigenvectors, torch.linspace(0.5, 2, 16)
     values[3] = lowest
-    notes = []
-    W_hat, layer = rounded(W, Q @ torch.diag(values) @ Q.T, zeta, config, notes)
+    W_hat, layer, notes = rounded(W, Q @ torch.diag(values) @ Q.T)
     assert how in notes[0] and torch.isfinite(W_hat).all() and layer.loss <= layer.loss_rtn, notes
 
 
-def test_a_solution_worse_than_round_to_nearest_is_dropped(monkeypatch):
-    W, H, zeta, config = problem()
+def test_a_solution_worse_than_round_to_nearest_is_dropped(problem, monkeypatch):
+    W, H = problem
     bad = RoundedLayer.of(torch.zeros(W.shape), minmax_grid(W, 3), loss_rtn=1.0, loss=9.0)
     monkeypatch.setattr("aespa_nb.quantize.layer.round_layer", lambda *args: bad)
-    notes = []
-    W_hat, layer = rounded(W, H, zeta, config, notes)
+    W_hat, layer, notes = rounded(W, H)
     assert torch.equal(W_hat, minmax_grid(W, 3).round(W)) and layer.loss == layer.loss_rtn
     assert "rounded to nearest" in notes[0]
 
 
-def test_without_a_solution_the_layer_is_rounded_to_nearest(monkeypatch):
-    W, H, zeta, config = problem()
-
+def test_without_a_solution_the_layer_is_rounded_to_nearest(problem, monkeypatch):
     def fails(*args):
         raise NumericalError("no: never")
 
+    W, H = problem
     monkeypatch.setattr("aespa_nb.quantize.layer.round_layer", fails)
-    notes = []
-    W_hat, _ = rounded(W, H, 2 * zeta, config, notes)
+    W_hat, _, notes = rounded(W, H, zeta=2.0)
     assert torch.equal(W_hat, minmax_grid(W, 3).round(W)) and notes == ["x: no damping helped: rounded to nearest"]
 
 
-def test_losses_beyond_float32_are_compared_in_float64():
-    W, H, zeta, config = problem()
-    W_hat, layer = rounded(1e25 * W, H, zeta, config, [])
+def test_losses_beyond_float32_are_compared_in_float64(problem):
+    W, H = problem
+    W_hat, layer, _ = rounded(1e25 * W, H)
     assert torch.isfinite(W_hat).all() and layer.loss <= layer.loss_rtn < float("inf")
 
 

@@ -130,12 +130,13 @@ def test_gptq_tensors_by_an_unpacking_of_their_own(tmp_path):
         assert (config["bits"], config["group_size"]) == (bits, group_size or -1)
 
 
-# --- the bundled model, loaded elsewhere ----------------------------------------------------------------------------
+# --- loaded elsewhere -----------------------------------------------------------------------------------------------
 
 LIMIT = {(2, None): 0.14, (2, 64): 0.143, (3, None): 0.21, (3, 64): 0.21, (4, None): 0.27, (4, 64): 0.27}
 
 
-def test_the_bundled_model_is_the_same_in_a_new_process(tmp_path):
+def bundled_models(tmp_path):
+    "Of one block, in the sizes that the page promises; and in its own 32 bits."
     full, tokenizer, calib, heldout = load_reference()
     full.model.layers, full.config.num_hidden_layers = full.model.layers[:1], 1
     tokens, jobs = heldout[:1], []
@@ -151,10 +152,10 @@ def test_the_bundled_model_is_the_same_in_a_new_process(tmp_path):
     done = export_model(full, report, tmp_path / "own")
     assert done.scale_change == 0 and done.dtype == torch.float32
     assert torch.equal(logits(full, tokens), before)
-    assert max(reloaded([*jobs, (tmp_path / "own", before, tokens)], tmp_path)) <= 1e-5
+    return [*jobs, (tmp_path / "own", before, tokens)]
 
 
-def test_other_models_in_a_new_process(tmp_path):
+def other_models(tmp_path):
     "OPT with biases, 5 bits, shapes that fill no word, mixed bits, Z-Fold on both families, 16-bit models, 8 bits."
     tokens, jobs = torch.arange(1, 33).reshape(2, 16), []
 
@@ -185,7 +186,11 @@ def test_other_models_in_a_new_process(tmp_path):
         half = small_model("Llama", dtype)
         done = add(f"half-{bits}", half, nearest(half, bits, 16))
         assert done.dtype == dtype and done.scale_change > 0
-    assert max(reloaded(jobs, tmp_path)) <= 1e-5
+    return jobs
+
+
+def test_models_are_the_same_in_a_new_process(tmp_path):
+    assert max(reloaded([*bundled_models(tmp_path), *other_models(tmp_path)], tmp_path)) <= 1e-5
 
 
 # --- zeta -----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from blocks import TOKENS
+from models import small
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from aespa_nb.errors import AespaError, NumericalError
 from aespa_nb.model.block_tuning import (
@@ -24,26 +24,16 @@ from aespa_nb.model.stream import BlockStream
 from aespa_nb.rounding.grid import minmax_grid
 from aespa_nb.rounding.packing import RoundedWeight
 
-SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=32)
-OPT = dict(ffn_dim=48, word_embed_proj_dim=32)
-KINDS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
-    "llama-bias": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48, attention_bias=True)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, **OPT)),
-    "opt-post-norm": lambda: OPTForCausalLM(OPTConfig(**SMALL, **OPT, do_layer_norm_before=False)),
-}
+KINDS = ("llama", "mha", "opt", "opt-post-norm")
 
 
 class Case:
     "A rounded block, its records, what it reads and what it should put out."
 
     def __init__(self, kind, bits=2, group_size=None, dtype=torch.float32):
-        torch.manual_seed(0)
-        model = KINDS[kind]().eval().to(dtype)
+        model = small(kind, dtype)
         self.stream, self.block = BlockStream(model, TOKENS, dtype=dtype), model.get_submodule(stacks_of(model)[0])[0]
         with torch.no_grad():
-            for p in self.block.parameters():  # random blocks add little to the stream: make them speak
-                p.copy_(10 * p if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
             self.target, self.records = self.output(), {}
             for n in linears_of(self.block):
                 W = self.block.get_submodule(n).weight.float()

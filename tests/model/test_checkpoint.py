@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import hostile
 import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError, quantize_model
@@ -73,7 +74,7 @@ def test_quantized_as_a_model_in_memory(tmp_path, preset):
     plain = copy.deepcopy(mapped)
     assert not any(in_file(p) for p in plain.parameters())
     head = mapped.lm_head.weight.clone()
-    config = AespaConfig.preset(preset, 3, **({"tuning": 3} if preset == "max" else {}))
+    config = AespaConfig.preset(preset, 3, **({"end_to_end": 3} if preset == "max" else {}))
     reports = [quantize_model(m, TOKENS, config) for m in (mapped, plain)]
     assert same(mapped, plain) and torch.equal(mapped.lm_head.weight, head)
     assert all(in_file(p) for p in mapped.parameters()) and not any(in_file(p) for p in plain.parameters())
@@ -169,67 +170,62 @@ def test_a_whole_model_in_the_memory_of_a_few_blocks(tmp_path):
     assert size > 200e6 and 20e6 < growth < 0.7 * size, (growth, size)
 
 
-def broken(folder, how):
-    index = folder / "model.safetensors.index.json"
-    shards = sorted(folder.glob("model-*.safetensors"))
-    if how == "shard":
-        shards[1].unlink()
-    if how == "damaged":
-        shards[1].write_bytes(shards[1].read_bytes()[:-100])
-    if how == "way out":
-        index.write_text(index.read_text().replace(shards[1].name, f"../{folder.name}/{shards[1].name}"))
-    if how == "layers":
-        config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 10**9}
-        (folder / "config.json").write_text(json.dumps(config))
-    if how == "width":
-        config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 10**9}
-        (folder / "config.json").write_text(json.dumps(config))
-    if how == "pipe":
-        os.mkfifo(folder / "tokenizer.json")
-    if how == "dead link":
-        (folder / "x.txt").symlink_to("nowhere")
-    if how == "huge":
-        with open(folder / "tokenizer.json", "wb") as file:
-            file.truncate(2**28 + 1)
-    if how == "config":
-        (folder / "config.json").unlink()
-    if how == "pickle":
-        for file in [*shards, index]:
-            file.unlink()
-        torch.save({}, folder / "pytorch_model.bin")
-    if how == "weight":
-        map = json.loads(index.read_text())["weight_map"]
-        name = "model.layers.1.mlp.up_proj.weight"
-        tensors = load_file(folder / map[name])
-        del tensors[name]
-        save_file(tensors, folder / map[name], {"format": "pt"})
-    if how == "code":
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
-        (folder / "config.json").write_text(json.dumps(config))
+def shard(folder):
+    return sorted(folder.glob("model-*.safetensors"))[1]
 
 
-REASONS = {
-    "shard": r"model-00002-of-\d+.safetensors is missing \(1 of \d+ shards\); download it again",
-    "damaged": "a shard is damaged",
-    "way out": "names no files of this folder",
-    "layers": "1000000000 num_hidden_layers in",
-    "width": "config.json asks for",
-    "pipe": "tokenizer.json is no plain file",
-    "dead link": "x.txt is no plain file",
-    "huge": "takes more than 256 MiB",
-    "config": "no config.json",
-    "pickle": "no .safetensors weights",
-    "weight": "lacks model.layers.1.mlp.up_proj.weight",
-    "code": "allow it: trust_remote_code=True",
+def configured(**fields):
+    return lambda folder: hostile.edit(folder / "config.json", lambda config: config.update(fields))
+
+
+def a_way_out(folder):
+    path = f"../{folder.name}/{shard(folder).name}"
+    hostile.edit(folder / INDEX, lambda index: index["weight_map"].update({WEIGHT: path}))
+
+
+def only_pickled(folder):
+    for file in [*folder.glob("model-*.safetensors"), folder / INDEX]:
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def without_a_weight(folder):
+    path = folder / json.loads((folder / INDEX).read_text())["weight_map"][WEIGHT]
+    hostile.tensors(path, lambda tensors: tensors.pop(WEIGHT))
+
+
+def huge(folder):
+    with open(folder / "tokenizer.json", "wb") as file:
+        file.truncate(2**28 + 1)
+
+
+INDEX, WEIGHT = "model.safetensors.index.json", "model.layers.1.mlp.up_proj.weight"
+OWN_CODE = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
+BROKEN = {  # what is done to the folder, and what is said
+    "shard": (lambda f: shard(f).unlink(), r"model-00002-of-\d+.safetensors is missing \(1 of \d+ shards\); download"),
+    "short": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-100]), "a shard is damaged"),
+    "garbage": (lambda f: shard(f).write_bytes(b"\xff" * 99), "a shard is damaged"),
+    "way out": (a_way_out, "names no files of this folder"),
+    "index": (lambda f: (f / INDEX).write_text("{}"), f"{INDEX} names no files of this folder"),
+    "layers": (configured(num_hidden_layers=10**9), "1000000000 num_hidden_layers in"),
+    "width": (configured(hidden_size=10**9), "config.json asks for"),
+    "pipe": (lambda f: os.mkfifo(f / "tokenizer.json"), "tokenizer.json is no plain file"),
+    "dead link": (lambda f: (f / "x.txt").symlink_to("nowhere"), "x.txt is no plain file"),
+    "huge": (huge, "takes more than 256 MiB"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "config": (lambda f: (f / "config.json").write_bytes(b"\x8f\xe0"), "config.json is damaged"),
+    "pickle": (only_pickled, "no .safetensors weights"),
+    "weight": (without_a_weight, f"lacks {WEIGHT}"),
+    "code": (configured(model_type="mine", auto_map=OWN_CODE), "allow it: trust_remote_code=True"),
 }
 
 
-@pytest.mark.parametrize("how", REASONS)
+@pytest.mark.parametrize("how", BROKEN)
 def test_errors_say_what_to_do(tmp_path, how):
     stored(tmp_path)
-    broken(tmp_path, how)
-    with pytest.raises(AespaError, match=REASONS[how]) as e:
+    damage, said = BROKEN[how]
+    damage(tmp_path)
+    with pytest.raises(AespaError, match=said) as e:
         load_checkpoint(str(tmp_path))
     assert "\n" not in str(e.value)
 
@@ -257,12 +253,8 @@ def test_memory_is_told_apart(tmp_path):
     assert now.peak >= now.private + now.file - 2**22
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere", "a/b/c"])
-def test_no_folder(source):
-    with pytest.raises(AespaError, match="no model folder"):
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere", "a/b/c", "nobody/nothing"])
+def test_no_folder_and_a_name_that_the_hub_does_not_give(source):
+    said = "could not be loaded" if source == "nobody/nothing" else "no model folder"
+    with pytest.raises(AespaError, match=said):
         load_checkpoint(source)
-
-
-def test_a_name_that_the_hub_does_not_give():
-    with pytest.raises(AespaError, match="could not be loaded"):
-        load_checkpoint("nobody/nothing")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import small
+from models import loud, small
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel
 
@@ -13,14 +13,6 @@ from aespa_nb.model.block_tuning import norm_weights
 from aespa_nb.model.end_to_end import Predictions, free_scales, tune_end_to_end
 
 TOKENS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
-
-
-def loud(kind="llama"):
-    "A small model whose predictions are far from even, so that rounding moves them."
-    model = small(kind)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(20)
-    return model
 
 
 def rounded(model, **changes):

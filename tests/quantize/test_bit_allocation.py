@@ -67,29 +67,19 @@ def test_a_budget_that_cannot_be_met_is_refused():
         allocate_bits({"a": {2: float("nan"), 4: 0.5}}, {"a": 8}, 4)
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return load_reference()
-
-
-@pytest.fixture
-def build():
-    "A small model from its configuration, and tokens for it."
-
-    def make(config):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
-        for p in model.parameters():
-            p.data.add_(0.1 * torch.randn_like(p))
-        return model, torch.randint(config.vocab_size, (6, 16))
-
-    return make
-
-
 SMALL = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 
 
-def test_prices_are_half_the_fisher_information_of_the_outputs(build):
+def build(config):
+    "A small model from its configuration, and tokens for it."
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return model, torch.randint(config.vocab_size, (6, 16))
+
+
+def test_prices_are_half_the_fisher_information_of_the_outputs():
     "Sequences of one token: what is behind the last linear is a function of one vector."
     model, _ = build(LlamaConfig(**{**SMALL, "vocab_size": 7}))
     name, seen, tokens = "model.layers.1.mlp.down_proj", [], torch.arange(7).repeat(100)[:, None]
@@ -117,7 +107,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_family_within_the_budget(family, build):
+def test_any_family_within_the_budget(family):
     model, tokens = build(FAMILIES[family])
     before = copy.deepcopy(model.state_dict())
     config = auto_bits(model, tokens, AespaConfig.preset("gptq", 3), 3, choices=(2, 3, 4))
@@ -130,7 +120,7 @@ def test_any_family_within_the_budget(family, build):
     assert len(set(config.keep.values())) > 1 and len(bits_table(config))
 
 
-def test_kept_patterns_win_and_count(build):
+def test_kept_patterns_win_and_count():
     model, tokens = build(LlamaConfig(**SMALL))
     given = AespaConfig.preset("gptq", 3, keep={"down_proj": 5, "o_proj": 16})
     config = auto_bits(model, tokens, given, 3, choices=(2, 3, 4))
@@ -140,10 +130,6 @@ def test_kept_patterns_win_and_count(build):
     assert {b for n, b in bits.items() if "o_proj" in n} == {16}
     sizes = {n: weight_of(model, n).numel() for n in names if "o_proj" not in n}
     assert sum(sizes[n] * bits[n] for n in sizes) <= 3 * sum(sizes.values())
-    with pytest.raises(AespaError, match="too small"):
-        auto_bits(model, tokens, AespaConfig.preset("gptq", keep={"mlp": 8}), 2)
-    with pytest.raises(AespaError, match="between 2 and 6"):
-        auto_bits(model, tokens, given, 1.5)
 
 
 def test_a_model_without_logits_is_refused():
@@ -153,8 +139,9 @@ def test_a_model_without_logits_is_refused():
         predicted_losses(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, AespaConfig.preset("gptq"))
 
 
-def test_the_allocation_beats_uniform_bits(reference):
-    model, _, calib, heldout = reference
+def test_the_allocation_beats_uniform_bits():
+    model, _, calib, heldout = load_reference()
+    del model.model.layers[2:]
     config = AespaConfig.preset("rtn", 3, samples=8)
     losses = predicted_losses(model, calib, config, choices=(2, 3, 4), sequences=4)
     bits = allocate_bits(losses, {n: weight_of(model, n).numel() for n in losses}, 3)
@@ -178,7 +165,7 @@ def test_the_command_shares_out_and_keeps(one_block, tmp_path, capsys):
 MISTAKES = {
     "range": ("--auto-bits 9", "between 2 and 6"),
     "pattern": ("--keep nowhere=4", "no linear's name contains"),
-    "word": ("--keep down_proj", "PART=BITS"),
+    "both": ("--bits 3 --auto-bits 3", "exclude each other"),
     "least": ("--auto-bits 2 --keep down_proj=4", "too small"),
 }
 
@@ -190,8 +177,3 @@ def test_mistakes_are_one_line(case, one_block, tmp_path, capsys):
     assert main(line.split()) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
-def test_bits_and_auto_bits_exclude_each_other(capsys):
-    assert main("quantize reference --bits 3 --auto-bits 3 --out nowhere".split()) == 2
-    assert "exclude each other" in capsys.readouterr().err

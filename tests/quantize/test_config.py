@@ -10,11 +10,11 @@ def test_the_default_is_the_papers_solver_with_nothing_of_ours():
     config = AespaConfig()
     assert (config.objective, config.solver) == ("attention", "gptq+adaround")
     assert (config.starts, config.correction, config.tuning, config.zfold) == (1, 0.0, 0, False)
-    assert (config.iterations, config.damping) == (2000, 0.01)
+    assert (config.iterations, config.damping) == (500, 0.01)
 
 
-def test_max_is_best_with_tuned_scales():
-    assert PRESETS["max"] == PRESETS["best"] | dict(tuning=40)
+def test_max_is_best_with_the_end_of_the_network():
+    assert PRESETS["max"] == PRESETS["best"] | dict(end_loss=True, end_to_end=100)
 
 
 def test_fields_are_named():

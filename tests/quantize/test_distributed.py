@@ -74,15 +74,20 @@ def member(rank, size, port, task, args, folder):
         torch.save(task(team, *args), folder / f"{rank}.pt")
 
 
-def run_team(size, task, folder, *args):
-    "What `task(team, *args)` gives on each of `size` processes, forked from this one."
+def started(size, task, folder, *args, seconds=120):
+    "Exit codes of `size` processes, forked from this one, that run `task(team, *args)`."
     context, port = multiprocessing.get_context("fork"), free_port()
     team = [context.Process(target=member, args=(r, size, port, task, args, folder)) for r in range(size)]
     for process in team:
         process.start()
     for process in team:
-        process.join(120)
-    assert [process.exitcode for process in team] == [0] * size
+        process.join(seconds)
+    return [process.exitcode for process in team]
+
+
+def run_team(size, task, folder, *args):
+    "What `task(team, *args)` gives on each of `size` processes."
+    assert started(size, task, folder, *args) == [0] * size
     return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(size)]
 
 
@@ -90,8 +95,14 @@ def all_cases(team, names):
     return {name: outcome(name, team) for name in names}
 
 
+@pytest.fixture(scope="module")
+def alone():
+    "What one process makes of all cases; those that are forked from it later need not compile what it has compiled."
+    return all_cases(ALONE, CASES)
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_all_processes_have_the_same_codes_again_and_again(size, tmp_path):
+def test_all_processes_have_the_same_codes_again_and_again(size, alone, tmp_path):
     found = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
@@ -101,13 +112,13 @@ def test_all_processes_have_the_same_codes_again_and_again(size, tmp_path):
             for key, value in found[0][name].items():
                 assert same(other[name][key], value), (name, key)
     for name in CASES:  # and close to those of one process: GPTQ's decisions hardly depend on the last bits
-        alone, many = outcome(name), found[0][name]
-        codes = [torch.cat([layer[0].flatten() for layer in r["layers"].values()]) for r in (alone, many)]
-        losses = [sum(layer[4] for layer in r["layers"].values()) for r in (alone, many)]
+        one, many = alone[name], found[0][name]
+        codes = [torch.cat([layer[0].flatten() for layer in r["layers"].values()]) for r in (one, many)]
+        losses = [sum(layer[4] for layer in r["layers"].values()) for r in (one, many)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4 if name == "gptq" else 0.05), name
         if name == "gptq":
             assert (codes[0] != codes[1]).double().mean() < 2e-3
-        assert many["notes"] == alone["notes"] and many["statistics"] == alone["statistics"]
+        assert many["notes"] == one["notes"] and many["statistics"] == one["statistics"]
 
 
 class Outer:
@@ -204,22 +215,17 @@ def test_all_must_have_the_same_model(tmp_path):
 
 def dies(team):
     "Process 1 is killed while the others wait for its sums."
-    if team.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
     try:
+        team.meet()  # all have joined
+        if team.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         outcome("gptq", team)
     except AespaError as e:
         sys.exit(7 if str(e).startswith("lost another process") else 8)
 
 
 def test_who_loses_a_process_stops(tmp_path):
-    context, port = multiprocessing.get_context("fork"), free_port()
-    team = [context.Process(target=member, args=(r, 3, port, dies, (), tmp_path)) for r in range(3)]
-    for process in team:
-        process.start()
-    for process in team:
-        process.join(30)
-    assert [process.exitcode for process in team] == [7, -signal.SIGKILL, 7]
+    assert started(3, dies, tmp_path, seconds=30) == [7, -signal.SIGKILL, 7]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import small
+from models import loud, small
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -15,13 +15,6 @@ from aespa_nb.model.block_tuning import reading_inputs
 from aespa_nb.rounding.hessian import Gram
 
 TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
-
-
-def loud(kind="llama"):
-    model = small(kind)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(10)
-    return model
 
 
 @torch.no_grad()
@@ -107,8 +100,5 @@ def test_nan_and_what_looks_at_no_output_are_refused():
     for changes in (dict(solver="gptq"), dict(method="awq")):
         with pytest.raises(AespaError, match="end_loss weighs outputs"):
             AespaConfig(end_loss=True, **changes)
-
-
-def test_a_model_that_predicts_nothing_is_refused():
-    with pytest.raises(UnsupportedModelError, match="end_loss=False"):
+    with pytest.raises(UnsupportedModelError, match="end_loss=False"):  # predicts nothing
         output_metrics(LlamaModel(small("llama").config), TOKENS)

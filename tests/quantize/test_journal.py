@@ -23,7 +23,7 @@ def run(journal=None, preset="best", kind="llama", dtype=torch.float32, tokens=T
     "A rounded small model and its report."
     model = small(kind, dtype)
     if preset == "max":
-        changes |= dict(tuning=2, end_to_end=2, end_loss=True)
+        changes |= dict(tuning=2, end_to_end=2)
     return model, quantize_model(model, tokens, AespaConfig.preset(preset, **QUICK, **changes), journal=journal)
 
 
@@ -57,38 +57,17 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, preset):
     assert same(plain, run(tmp_path, preset))  # a block in the middle is missing
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_all_kinds_of_models(tmp_path, kind):
-    zfold = dict(preset="zfold") if kind in ("llama", "opt") else {}
-    plain = run(kind=kind, **zfold)
-    run(tmp_path, kind=kind, **zfold)
+CASES = {kind: dict(kind=kind, preset="zfold" if kind in ("llama", "opt") else "best") for kind in MODELS}
+CASES["half precision"] = dict(dtype=torch.bfloat16)  # the journal hands over what the block computed
+CASES["experts and kept layers"] = dict(kind="moe", keep={"q_proj": 16, "v_proj": 4})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_kinds_of_models(tmp_path, case):
+    plain = run(**CASES[case])
+    assert same(plain, run(tmp_path, **CASES[case]))
     only(tmp_path, "0")
-    assert same(plain, run(tmp_path, kind=kind, **zfold))
-
-
-def test_half_precision_models_hand_over_what_the_block_computed(tmp_path):
-    plain = run(dtype=torch.bfloat16)
-    run(tmp_path, dtype=torch.bfloat16)
-    only(tmp_path, "0")
-    assert same(plain, run(tmp_path, dtype=torch.bfloat16))
-
-
-def test_layers_that_were_kept_and_experts(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    config = MixtralConfig(**sizes, intermediate_size=16, num_local_experts=4, max_position_embeddings=32)
-
-    def once(journal):
-        torch.manual_seed(0)
-        model = MixtralForCausalLM(config).eval()
-        wanted = AespaConfig.preset("best", 2, keep={"q_proj": 16, "v_proj": 4})
-        return model, quantize_model(model, TOKENS, wanted, journal=journal)
-
-    plain = once(None)
-    assert same(plain, once(tmp_path))
-    only(tmp_path, "0")
-    assert same(plain, once(tmp_path))
+    assert same(plain, run(tmp_path, **CASES[case]))
 
 
 def test_another_run_is_refused_with_the_difference_named(tmp_path):
@@ -112,24 +91,22 @@ def test_another_run_is_refused_with_the_difference_named(tmp_path):
     assert same(run(), run(tmp_path))  # and it is as good as before
 
 
-def damaged(data: bytes, how: str) -> bytes:
-    middle = len(data) // 2
-    return {
-        "empty": b"",
-        "truncated": data[:-1],
-        "longer": data + b"\0",
-        "flipped": data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :],
-        "header": b"\xff" * 8 + data[8:],
-        "text": b"{}",
-    }[how]
+DAMAGES = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "flipped": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :],
+    "header": lambda data: b"\xff" * 8 + data[8:],
+    "text": lambda data: b"{}",
+}
 
 
-@pytest.mark.parametrize("how", ["empty", "truncated", "longer", "flipped", "header", "text"])
+@pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", ["model.layers.0.safetensors", "model.layers.1.safetensors", "run.json"])
 def test_a_damaged_file_is_noticed_and_made_again(tmp_path, name, how):
     plain = run(tmp_path, "gptq")
     path = tmp_path / name
-    path.write_bytes(damaged(path.read_bytes().rstrip(), how))
+    path.write_bytes(DAMAGES[how](path.read_bytes().rstrip()))
     again = run(tmp_path, "gptq")
     assert same(plain, again)
     assert any(name in note and "damaged" in note for note in again[1].notes)
@@ -147,31 +124,27 @@ def test_other_versions_are_told(tmp_path):
     header = json.loads((tmp_path / "run.json").read_text())
     header["versions"]["torch"] = "1.0"
     write_json(tmp_path / "run.json", header)
-    assert any("versions.torch is 1.0" in n or "torch is 1.0" in n for n in run(tmp_path, "rtn")[1].notes)
+    assert any("torch is 1.0" in n for n in run(tmp_path, "rtn")[1].notes)
 
 
-def test_a_folder_has_one_writer(tmp_path):
-    with locked(tmp_path):
-        code = "import sys, pathlib\nfrom aespa_nb.quantize.journal import locked\n"
-        code += "with locked(pathlib.Path(sys.argv[1])): pass"
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode and "another process works in" in done.stderr
-    with locked(tmp_path):
-        pass
-
-
-def test_a_lock_ends_with_its_process(tmp_path):
+def in_the_lock(folder, does):
+    "A process that does something while it holds the lock of the folder."
     code = "import os, sys, pathlib\nfrom aespa_nb.quantize.journal import locked\n"
-    code += "with locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
+    code += f"with locked(pathlib.Path(sys.argv[1])): {does}"
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+
+
+def test_a_folder_has_one_writer_and_a_lock_ends_with_its_process(tmp_path):
+    with locked(tmp_path):
+        done = in_the_lock(tmp_path, "pass")
+    assert done.returncode and "another process works in" in done.stderr
+    assert in_the_lock(tmp_path, "os.kill(os.getpid(), 9)").returncode == -signal.SIGKILL
     with locked(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("at", range(3))
 def test_a_full_disk_at_each_write_loses_nothing(tmp_path, monkeypatch, at):
-    from aespa_nb.quantize import journal
-
     plain, writes = run(preset="gptq"), []
 
     def scarce(path, write):
@@ -180,7 +153,7 @@ def test_a_full_disk_at_each_write_loses_nothing(tmp_path, monkeypatch, at):
             return write_file(path, lambda new: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         return write_file(path, write)
 
-    monkeypatch.setattr(journal, "write_file", scarce)
+    monkeypatch.setattr(module, "write_file", scarce)
     with pytest.raises(AespaError, match="No space left on device"):
         run(tmp_path, "gptq")
     monkeypatch.undo()

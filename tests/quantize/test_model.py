@@ -15,58 +15,44 @@ from aespa_nb.model.statistics import block_losses
 from aespa_nb.model.capture import capturing, capture_attention
 from aespa_nb.model.stream import BlockStream
 from aespa_nb.rounding.hessian import quadratic_loss
-from aespa_nb.errors import NumericalError, UnsupportedModelError
+from aespa_nb.errors import UnsupportedModelError
 from aespa_nb.attention.kronecker_losses import KroneckerLoss
-from models import MODELS, SMALL
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from models import fresh
+from transformers import GPT2Config, GPT2LMHeadModel
 
-KINDS = {kind: MODELS[kind] for kind in ("llama", "mha", "opt")} | {
-    "opt-post-norm": lambda: OPTForCausalLM(
-        OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)
-    ),
-}
+KINDS = ("llama", "mha", "opt", "opt-post-norm")
 TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 
 
-def build(kind):
-    torch.manual_seed(0)
-    return KINDS[kind]().eval()
-
-
 def quick(preset="aespa", **changes):
-    return AespaConfig.preset(preset, **{"bits": 3, "iterations": 30, **changes})
+    few = dict(end_to_end=3) if preset == "max" else {}
+    return AespaConfig.preset(preset, **{"bits": 3, "iterations": 30, **few, **changes})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_preset_on_every_kind(kind, preset):
-    model = build(kind)
+    model = fresh(kind)
     before = copy.deepcopy(model.state_dict())
-    report = quantize_model(model, TOKENS, quick(preset))
+    report = quantize_model(model, TOKENS, quick(preset, bits=2))
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
     assert set(report.layers) == linears
     assert preset != "zfold" or any((r.zeta != 1).any() for r in report.layers.values())
     for name, r in report.layers.items():
-        assert r.codes.max() <= 7
+        assert r.codes.max() <= 3 and (preset != "aespa" or r.loss < r.loss_rtn)
         assert torch.equal(r.weight(), model.get_submodule(name).weight)
         assert not torch.equal(before[name + ".weight"], model.get_submodule(name).weight)
-    tuned = {k for k in before if "norm" in k and k.endswith("weight") and report.config.tuning}
+    tuned = {k for k in before if "norm" in k and k.endswith("weight") and report.config.end_to_end}
     untouched = {k for k in before if k.removesuffix(".weight") not in linears} - tuned
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if k in untouched)
     assert torch.isfinite(model(TOKENS).logits).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_learned_layers_beat_round_to_nearest(kind):
-    report = quantize_model(build(kind), TOKENS, quick(bits=2))
-    assert all(r.loss < r.loss_rtn for r in report.layers.values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_same_seed_same_bits_and_seeds_matter(kind):
     weights = []
     for seed in (0, 0, 1):
-        model = build(kind)
+        model = fresh(kind)
         quantize_model(model, TOKENS, quick("gptq", samples=4, seed=seed))
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert torch.equal(weights[0], weights[1])
@@ -75,7 +61,7 @@ def test_same_seed_same_bits_and_seeds_matter(kind):
 
 def test_batch_size_changes_nothing_but_rounding_errors():
     reports = [
-        quantize_model(build("llama").double(), TOKENS, quick("gptq", batch_size=b, dtype=torch.float64))
+        quantize_model(fresh("llama").double(), TOKENS, quick("gptq", batch_size=b, dtype=torch.float64))
         for b in (1, 8)
     ]
     for a, b in zip(reports[0].layers.values(), reports[1].layers.values()):
@@ -84,24 +70,15 @@ def test_batch_size_changes_nothing_but_rounding_errors():
 
 @pytest.mark.parametrize("group_size, symmetric", [(8, False), (16, True), (None, True)])
 def test_groups_and_symmetric_grids(group_size, symmetric):
-    report = quantize_model(build("llama"), TOKENS, quick(group_size=group_size, symmetric=symmetric))
+    report = quantize_model(fresh("llama"), TOKENS, quick(group_size=group_size, symmetric=symmetric))
     for r in report.layers.values():
         out, inp = r.shape
         assert r.grid.scale.shape == (out, 1 if group_size is None else inp // group_size)
         assert not symmetric or (r.grid.zero == 4).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_models_keep_their_dtype_and_their_codes(dtype):
-    model = build("llama").to(dtype)
-    report = quantize_model(model, TOKENS, quick("aespa", bits=4))
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    for name, r in report.layers.items():
-        assert torch.equal(r.weight().to(dtype), model.get_submodule(name).weight)
-
-
 def test_attention_and_training_mode_are_put_back():
-    model = build("llama").train()
+    model = fresh("llama").train()
     before = model.config._attn_implementation
     quantize_model(model, TOKENS, quick("rtn"))
     assert model.training and model.config._attn_implementation == before
@@ -111,7 +88,7 @@ def test_attention_and_training_mode_are_put_back():
 
 
 def test_losses_of_a_layer_are_its_output_error():
-    model = build("opt")
+    model = fresh("opt")
     block = model.model.decoder.layers[0]
     seen = []
     with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, TOKENS)) as stream:
@@ -159,10 +136,11 @@ print(report.peak_bytes, report.budget_bytes, report.block_bytes)
 """
 
 
-@pytest.mark.parametrize("model, preset", [("wide", "aespa"), ("wide", "max"), ("bundled", "best")])
+@pytest.mark.parametrize("model, preset", [("wide", "aespa"), ("wide", "best"), ("bundled", "best")])
 def test_peak_memory_stays_below_the_budget(model, preset):
     "In a fresh process; of three, since what else a process keeps differs by some percent."
-    changes = ", tuning=2, starts=1" if preset == "max" else ""  # more passes or starts need no more memory
+    # more passes or starts need no more memory
+    changes = ", tuning=2, starts=1" if (model, preset) == ("wide", "best") else ""
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed arrays go back to the system at once
     command = [sys.executable, "-c", MEASURE.format(model=SOURCES[model], preset=preset, changes=changes)]
     for _ in range(3):
@@ -174,28 +152,10 @@ def test_peak_memory_stays_below_the_budget(model, preset):
     assert block / 2 < peak < budget
 
 
-BAD_FIELDS = [
-    dict(bits=1),
-    dict(bits=9),
-    dict(bits=2.5),
-    dict(objective="block"),
-    dict(solver="adam"),
-    dict(grid="mse"),
-    dict(iterations=0),
-    dict(lr=-1.0),
-    dict(damping=-0.1),
-    dict(group_size=0),
-    dict(samples=0),
-    dict(batch_size=0),
-    dict(grid="minmax", zfold=True),
-    dict(dtype=torch.float16),
-    dict(correction=1.5),
-    dict(tuning=-1),
-    dict(starts=7),
-    dict(iteration=3),
-    dict(keep={"down_proj": 1}),
-    dict(keep={"down_proj": 12}),
-]
+BAD = dict(bits=[1, 9, 2.5], iterations=[0], group_size=[0], samples=[0], batch_size=[0], tuning=[-1], starts=[7])
+BAD |= dict(objective=["block"], solver=["adam"], grid=["mse"], dtype=[torch.float16], iteration=[3])
+BAD |= dict(lr=[-1.0], damping=[-0.1], correction=[1.5], keep=[{"down_proj": 1}, {"down_proj": 12}])
+BAD_FIELDS = [{field: value} for field in BAD for value in BAD[field]] + [dict(grid="minmax", zfold=True)]
 
 
 @pytest.mark.parametrize("bad", BAD_FIELDS, ids=lambda b: "-".join(f"{k}={v}" for k, v in b.items()))
@@ -217,7 +177,7 @@ BAD_TOKENS = {
 
 @pytest.mark.parametrize("case", BAD_TOKENS)
 def test_bad_tokens_are_refused_and_the_model_is_left_alone(case):
-    model = build("llama")
+    model = fresh("llama")
     before = copy.deepcopy(model.state_dict())
     tokens, message = BAD_TOKENS[case]
     with pytest.raises(AespaError, match=message):
@@ -225,11 +185,7 @@ def test_bad_tokens_are_refused_and_the_model_is_left_alone(case):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_damaged_weights_and_unknown_architectures_are_refused():
-    model = build("opt")
-    model.model.decoder.layers[1].fc1.weight.data[0, 0] = float("inf")
-    with pytest.raises(NumericalError, match="layers.1.fc1"):
-        quantize_model(model, TOKENS, quick())
+def test_unknown_architectures_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32))
     with pytest.raises(UnsupportedModelError, match="gpt2"):
         quantize_model(gpt2, TOKENS, quick(zfold=True))
@@ -238,7 +194,7 @@ def test_damaged_weights_and_unknown_architectures_are_refused():
 
 
 def test_kept_layers_have_their_own_bits():
-    model = build("opt")
+    model = fresh("opt")
     before = model.model.decoder.layers[0].fc1.weight.clone()
     report = quantize_model(model, TOKENS, quick("gptq", keep={"fc2": 5, "layers.0.fc1": 16}))
     assert torch.equal(model.model.decoder.layers[0].fc1.weight, before)
@@ -250,7 +206,7 @@ def test_kept_layers_have_their_own_bits():
 
 
 def test_a_dictionary_of_inputs_is_as_good_as_tokens():
-    models = [build("llama"), build("llama")]
+    models = [fresh("llama"), fresh("llama")]
     for model, inputs in zip(models, (TOKENS, dict(input_ids=TOKENS))):
         quantize_model(model, inputs, quick("gptq"))
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
@@ -258,15 +214,8 @@ def test_a_dictionary_of_inputs_is_as_good_as_tokens():
         quantize_model(models[0], dict(input_ids=TOKENS, attention_mask=TOKENS[:2]), quick("gptq"))
 
 
-def test_nan_activations_are_refused():
-    model = build("llama")
-    model.model.layers[0].input_layernorm.weight.data[3] = float("nan")
-    with pytest.raises(NumericalError):
-        quantize_model(model, TOKENS, quick())
-
-
 def test_attention_that_is_not_heard_is_an_error():
-    model, heard = build("llama"), []
+    model, heard = fresh("llama"), []
     with torch.no_grad(), capture_attention(lambda *args: heard.append(args)):
         model(TOKENS)
         assert not heard  # stock attention

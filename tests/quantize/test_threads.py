@@ -26,7 +26,7 @@ def test_codes_do_not_depend_on_the_number_of_threads(preset, threads):
     reference = load_reference()
     model = copy.deepcopy(reference.model)
     del model.model.layers[1:]
-    changes = dict(iterations=2, keep={"gate_proj": 16, "up_proj": 16}) | (dict(tuning=2) if preset == "max" else {})
+    changes = dict(iterations=2, end_to_end=2 * (preset == "max"), keep={"gate_proj": 16, "up_proj": 16})
     report = quantize_model(model, reference.calib[:2], AespaConfig.preset(preset, 2, **changes))
     codes = torch.cat([r.codes.flatten() for r in report.layers.values()])
     steps = torch.cat([r.grid.scale.flatten() for r in report.layers.values()])

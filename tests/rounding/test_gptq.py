@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 import torch
-from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import jaxtyped
+from models import checked
 from torch.testing import assert_close
 
 from aespa_nb.rounding import gptq as module
@@ -130,10 +129,9 @@ def test_factor_and_refusals():
 
 
 def test_shapes_as_annotated():
-    checked = lambda name: jaxtyped(typechecker=beartype)(getattr(module, name))  # noqa: E731
     W, H = layer(3, heads=(2,))
     for M in (H, H[0]):
-        result = checked("gptq")(W, M, minmax_grid(W, 2))
+        result = checked(module, "gptq")(W, M, minmax_grid(W, 2))
         assert result.codes.shape == result.W_comp.shape == W.shape
-        checked("processing_order")(M)
-        checked("inverse_factor")(M)
+        checked(module, "processing_order")(M)
+        checked(module, "inverse_factor")(M)

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import jaxtyped
+from models import checked
 
 from aespa_nb.rounding import grid as grid_module
 from aespa_nb.rounding.grid import Grid, check_bits, grouped, minmax_grid, storage_bits
@@ -115,12 +114,8 @@ def test_storage_counts_every_stored_bit():
 
 def test_signatures_say_the_true_shapes():
     W = tiny_weight(8, INP).reshape(2, 4, INP)
-
-    def checked(name):
-        return jaxtyped(typechecker=beartype)(getattr(grid_module, name))
-
-    grid = checked("minmax_grid")(W, 3, 4)
-    assert checked("grouped")(W, 4).shape == (2, 4, 3, 4)
+    grid = checked(grid_module, "minmax_grid")(W, 3, 4)
+    assert checked(grid_module, "grouped")(W, 4).shape == (2, 4, 3, 4)
     scale, zero = grid.expand(INP)
-    codes = checked("to_codes")(W, scale, zero, grid.max_code)
-    assert torch.equal(checked("to_values")(codes, scale, zero), grid.round(W))
+    codes = checked(grid_module, "to_codes")(W, scale, zero, grid.max_code)
+    assert torch.equal(checked(grid_module, "to_values")(codes, scale, zero), grid.round(W))

@@ -2,17 +2,16 @@
 
 import pytest
 import torch
-from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import jaxtyped
+from models import checked
 from torch.testing import assert_close
 
 from aespa_nb.rounding import grid_search as gridfit
 from aespa_nb.rounding import hessian
 from aespa_nb.rounding.grid import grouped, minmax_grid
 from aespa_nb.rounding.grid_search import fit_grid, group_hessians, row_loss
-from aespa_nb.rounding.hessian import Gram, damp, quadratic_loss, taylor_change
+from aespa_nb.rounding.hessian import damp, quadratic_loss, taylor_change
 from aespa_nb.errors import AespaError, NumericalError
 from aespa_nb.notation import tiny_inputs, tiny_weight
 
@@ -41,26 +40,6 @@ def test_taylor_change_is_that_of_the_whole_hessian(seed, n):
     loss = lambda w: (M @ w).tanh().square().sum()
     gradient, H = torch.func.grad(loss)(w), torch.autograd.functional.hessian(loss, w)
     assert_close(taylor_change(loss, w, dw), gradient @ dw + dw @ H @ dw / 2, rtol=1e-9, atol=1e-9)
-
-
-@quick
-@given(seeds, st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any))
-def test_a_stream_gives_the_same_matrix_however_it_is_cut(seed, sizes):
-    X, H = moments(7, sum(sizes), seed)
-    gram = Gram(7, dtype=torch.float64)
-    for part in X.split(sizes, dim=1):
-        gram.add(part)
-    assert gram.tokens == sum(sizes)
-    assert_close(gram.mean(), H, rtol=0, atol=1e-12)
-
-
-def test_a_stream_takes_batches_and_lower_precision():
-    X, H = moments(8, 60, seed=3)
-    batched, single = Gram(8, dtype=torch.float64), Gram(8)
-    batched.add(X.reshape(8, 3, 20).transpose(0, 1))  # seq inp tok
-    single.add(X.float())
-    assert_close(batched.mean(), H, rtol=0, atol=1e-12)
-    assert_close(single.mean().double(), H, rtol=1e-5, atol=1e-6)
 
 
 @quick
@@ -142,10 +121,6 @@ def test_groups_are_fitted_as_weights_of_their_own(seed, size):
 def test_signatures_say_the_true_shapes():
     W = tiny_weight(8, 12).reshape(2, 4, 12)
     H = torch.stack([moments(12, 40, seed)[1] for seed in (0, 1)])
-
-    def checked(module, name):
-        return jaxtyped(typechecker=beartype)(getattr(module, name))
-
     grid = checked(gridfit, "fit_grid")(W, checked(hessian, "damp")(H), 3, 4, n_clip=5)
     E = grouped(grid.round(W) - W, 4)
     by_group = checked(gridfit, "row_loss")(E, checked(gridfit, "group_hessians")(H, 4))

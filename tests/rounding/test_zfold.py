@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import jaxtyped
+from models import checked
 from torch.testing import assert_close
 
 from aespa_nb.rounding import zfold as module
@@ -114,8 +113,7 @@ def test_refusals():
 
 
 def test_shapes_as_annotated():
-    checked = lambda name: jaxtyped(typechecker=beartype)(getattr(module, name))  # noqa: E731
     Ws, Hs = layers(3)
-    zeta, grids = checked("zfold")(Ws, Hs, 2, n_clip=3)
-    checked("scale_hessian")(Hs[2], zeta)
-    checked("solve_zeta")([g.round(W / zeta) for g, W in zip(grids, Ws)], Ws, Hs)
+    zeta, grids = checked(module, "zfold")(Ws, Hs, 2, n_clip=3)
+    checked(module, "scale_hessian")(Hs[2], zeta)
+    checked(module, "solve_zeta")([g.round(W / zeta) for g, W in zip(grids, Ws)], Ws, Hs)
