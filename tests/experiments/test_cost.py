@@ -29,7 +29,7 @@ from aespa_nb.quantize.config import PRESETS
 from aespa_nb.rounding.hessian import Gram
 from models import small
 
-PHASES = {*TOKEN_PHASES, "other", "survey", "target", "grid", "gptq", "descent", "adam", "tuning", "block"}
+PHASES = {*TOKEN_PHASES, "end to end", *"other survey target grid gptq descent adam tuning block".split()}
 
 
 def counted(f):
