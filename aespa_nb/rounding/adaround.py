@@ -136,9 +136,8 @@ def adaround(
         return nearest
     at_first, (scale, zero), (base, round_logit) = value(first), grid.expand(W.shape[-1]), relaxed_start(start, grid)
     offset, slope = scale * (base - zero) - W, scale * (W.numel() * loss_scale / at_nearest)
-    curvature = getattr(loss, "curvature", None)
-    pressure = 1.0 if curvature is None else scale.square() * curvature
-    pressure = 1.0 if curvature is None else pressure / pressure.mean()
+    steep = scale.square() * loss.curvature if hasattr(loss, "curvature") else torch.ones_like(W)
+    pressure = steep / steep.mean()
     adam = torch.optim.Adam([round_logit], lr=lr, fused=True)
     for i in range(iterations):
         sig = torch.sigmoid(round_logit)
