@@ -142,7 +142,7 @@ def quantize(
     if rows:
         print(results.results_table(rows))
     peak, budget = report.peak_bytes / 2**20, report.budget_bytes / 2**20
-    print(f"peak memory above the model {peak:.0f} MiB; three blocks and their statistics take {budget:.0f} MiB")
+    print(f"peak memory above the model {peak:.0f} MiB; its budget was {budget:.0f} MiB")
     print(f"{done}written to {out}; load it with AutoModelForCausalLM.from_pretrained({out!r})")
 
 # %% ../nbs/guides/90_cli.ipynb #c41expo

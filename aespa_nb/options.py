@@ -121,11 +121,11 @@ class Source:
 
 # %% ../nbs/guides/89_options.ipynb #4fefb10e
 PRESETS_TEXT = (
-    "rtn (nearest code), gptq, gptaq, zfold, adaround, aespa (the paper), best (ours, no gradients), max (best, and "
-    "learned from the predictions with the whole model in memory); "
+    "rtn (nearest code), gptq, gptaq, zfold, adaround, aespa (the paper's losses), aespa-paper (its settings, too), "
+    "best (ours, no gradients), max (best, and learned from the predictions with the whole model in memory); "
     "by others: awq, omniquant, affinequant, turboboa, brecq, signround"
 )
-SET = "Any other field of the configuration (`Recipe`), e.g. end_to_end=100."
+SET = "Any other field of the configuration (`Recipe`), e.g. end_to_end=100; or a .json file with several."
 KEEP = "Bits of the linears whose name contains PART, e.g. down_proj=4; 16 leaves them as they are."
 
 
@@ -134,14 +134,15 @@ class Changes:
     "What may differ from the preset, in all runs of a command."
 
     keep: option(list[str], "Rounding", KEEP, metavar="PART=BITS", show_default=False) = ()
-    others: option(list[str], "Rounding", SET, "--set", metavar="FIELD=VALUE", show_default=False) = ()
+    others: option(list[str], "Rounding", SET, "--set", metavar="FIELD=VALUE|FILE", show_default=False) = ()
     symmetric: option(bool, "Rounding", "Fix the zero-point to the middle code.", "--symmetric") = False
     iterations: option(int | None, "Rounding", "Learning steps.", min=1, show_default="the preset's") = None
     device: option(str | None, "Rounding", "Where blocks are worked on, e.g. cuda.", show_default="the model's") = None
 
     def given(self) -> dict:
         "The fields of a configuration that were asked for. Raises `AespaError` for a --keep or --set that is none."
-        from aespa_nb.quantize import config
+        from aespa_nb.model.checkpoint import read_json
+        from aespa_nb.quantize.config import Recipe as Fields
 
         pairs = [word.rpartition("=") for word in self.keep]
         for part, sign, bits in pairs:
@@ -149,13 +150,16 @@ class Changes:
                 raise AespaError(f"--keep takes PART=BITS, such as down_proj=4 or mlp=16, not {part + sign + bits!r}")
         keep = {part: int(bits) for part, _, bits in pairs}
         own = {**asdict(self), "keep": keep}
+        known = Fields.__dataclass_fields__.keys() - {"bits", "group_size", "seed", *asdict(self)}
         for word in own.pop("others"):
             field, sign, value = word.partition("=")
-            known = config.Recipe.__dataclass_fields__.keys() - {"bits", "group_size", "seed", *asdict(self)}
-            if not sign or field not in known:
+            named = {field: None if value in ("none", "null") else value}
+            if word.endswith(".json"):
+                named, sign = read_json(Path(word).expanduser(), advice="write an object of fields and values"), "="
+            if not sign or named.keys() - known:
                 reason = "such as end_to_end=100" if not sign else f"choose one of {', '.join(sorted(known))}"
-                raise AespaError(f"--set takes FIELD=VALUE, not {word!r}: {reason}")
-            own[field] = None if value in ("none", "null") else value
+                raise AespaError(f"--set takes FIELD=VALUE, or a .json file of them, not {word!r}: {reason}")
+            own |= named
         return {k: v for k, v in own.items() if v or k not in asdict(self)}
 
 

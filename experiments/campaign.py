@@ -7,7 +7,6 @@ python experiments/campaign.py precompute     a learning step with the data and 
 
 import argparse
 import contextlib
-import functools
 import time
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from aespa_nb import AespaConfig, load_reference
 from aespa_nb.attention.block_error import AttentionBlock, refined_v_loss
 from aespa_nb.attention.forward import causal_mask, rope_cos_sin
 from aespa_nb.attention.kronecker_losses import AttentionStatistics
+from aespa_nb.experiments.comparison import drawing
 from aespa_nb.model.capture import capturing
 from aespa_nb.model.statistics import block_losses
 from aespa_nb.model.stream import BlockStream
@@ -26,32 +26,28 @@ from aespa_nb.rounding.grid_search import fit_grid
 from common import SAMPLES, resume, rounded, stamp
 
 SOLVED = dict(objective="gauss-newton", solver="descent")
-SEARCHED = dict(grid="hessian")
 ABLATIONS = {  # name -> (preset, changes); the first six change objective and solver alone
     **{f"{o}, {s}": ("gptq", dict(objective=o, solver=s)) for o in ("layer", "attention", "gauss-newton")
        for s in ("gptq", "descent")},
-    "damping 0.05": ("gptq", dict(**SOLVED, damping=0.05)),
-    "full-precision target": ("gptq", dict(**SOLVED, damping=0.05, correction=0.8)),
-    "best": ("best", {}),
+    "damping 0.07": ("gptq", dict(**SOLVED, damping=0.07)),
+    "best": ("best", {}),  # the same with the full-precision target
     "best, end loss": ("best", dict(end_loss=True)),
     "best, scales end to end": ("best", dict(end_to_end=100)),
     "max": ("max", {}),  # best with both
     "max, scales of each block before": ("max", dict(tuning=40)),
     "best, scales of each block": ("best", dict(tuning=40)),
-    **{f"{name}, searched grid": (preset, SEARCHED | changes) for name, preset, changes in (
-        ("best", "best", {}), ("best, layer-wise objective", "best", dict(objective="layer")),
-        ("adaround", "adaround", {}), ("aespa", "aespa", {}))},
-    "adaround": ("adaround", {}),
-    "aespa": ("aespa", {}),
+    **{f"{preset}, searched grid": (preset, dict(grid="hessian")) for preset in ("best", "adaround", "aespa")},
+    "best, layer-wise objective, searched grid": ("best", dict(objective="layer", grid="hessian")),
+    **{preset: (preset, {}) for preset in ("adaround", "aespa")},
     "aespa, 2000 steps": ("aespa", dict(iterations=2000)),
+    "aespa-paper": ("aespa-paper", {}),
     "best, layer-wise objective": ("best", dict(objective="layer")),
     "best, the paper's objective": ("best", dict(objective="attention")),
-    "best, damping 0.01": ("best", dict(damping=0.01)),
-    "best, damping 0.1": ("best", dict(damping=0.1)),
+    "best, damping 0.03": ("best", dict(damping=0.03)),
+    "best, damping 0.15": ("best", dict(damping=0.15)),
     "best, no target": ("best", dict(correction=0.0)),
     "best, full correction": ("best", dict(correction=1.0)),
-    "best, one start": ("best", dict(starts=1)),
-    "best, six starts": ("best", dict(starts=6)),
+    "best, three starts": ("best", dict(starts=3)),
     "best, Z-Fold": ("best", dict(zfold=True)),
 }  # fmt: skip
 
@@ -68,14 +64,13 @@ def ablations(reference):
     resume("campaign", jobs, run, whole=True)
 
 
-def layer_losses(reference, objective: str):
+def layer_losses(reference, recipe):
     "The losses of every layer of the full-precision model: (name, weight, loss)."
-    model, order = reference.model, torch.randperm(len(reference.calib), generator=torch.Generator().manual_seed(0))
-    stream = BlockStream(model, reference.calib[order[:32]], 1)
+    model, stream = reference.model, BlockStream(reference.model, drawing(reference.calib, 32)(0), 1)
     with torch.no_grad(), capturing(model), contextlib.closing(stream):
         for i, block in enumerate(model.model.layers):
-            for name, loss in block_losses(model, block, stream, objective).losses.items():
-                yield f"{i}.{name}", block.get_submodule(name).weight, loss
+            for name, loss in block_losses(model, block, stream, recipe.objective).losses.items():
+                yield f"{i}.{name}", block.get_submodule(name).weight, loss.damped(recipe.damping)
             stream.run(block, keep=True)
 
 
@@ -101,18 +96,17 @@ def solvers(W, loss, recipe) -> dict:
 
 def layers(reference):
     recipe = AespaConfig.preset("aespa", 2, iterations=2000)
-    for name, W, loss in layer_losses(reference, recipe.objective):
-        run = functools.partial(solvers, W, loss.damped(recipe.damping), recipe)
-        resume("layers", [dict(layer=name, bits=2)], lambda job, run=run: run())
+    for name, *problem in layer_losses(reference, recipe):
+        resume("layers", [dict(layer=name, bits=2)], lambda job, problem=problem: solvers(*problem, recipe))
 
 
 def precompute(reference, steps: int = 20):
     "CPU seconds of an AdaRound step on W_V of the first block, on both forms of its loss, and of the statistics."
     block, config = reference.model.model.layers[0], reference.model.config
     weights = [getattr(block.self_attn, f"{x}_proj").weight.detach() for x in "qkvo"]
-    rope = tuple(t.float() for t in rope_cos_sin(256, config.head_dim))
+    rope, W = tuple(t.float() for t in rope_cos_sin(256, config.head_dim)), weights[2]
     n_heads, n_kv = config.num_attention_heads, config.num_key_value_heads
-    heads, W = AttentionBlock(*weights, n_heads, n_kv, rope, causal_mask(256).float()), weights[2]
+    heads = AttentionBlock(*weights, n_heads, n_kv, rope, causal_mask(256).float())
 
     def run(job):
         with torch.no_grad():

@@ -13,7 +13,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same products as the com
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 
 import torch  # noqa: E402
-from aespa_nb import evaluate_model, load_model, quantize_model  # noqa: E402
+from aespa_nb import calibration_windows, evaluate_model, evaluation_windows, load_model, quantize_model  # noqa: E402
+from aespa_nb.data.text import Reference  # noqa: E402
 from aespa_nb.experiments.records import stale, stamp, write_record  # noqa: E402, F401
 from aespa_nb.quantize.journal import write_json  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -62,12 +63,19 @@ def measured(name: str, jobs, run, only: str | None) -> list[dict]:
 
 
 def rounded(reference, config):
-    "The bundled model rounded, the report, and the row: scores, CPU seconds and the stamp."
+    "The model of a `Reference` rounded, the report, and the row: scores, CPU seconds and the stamp."
     model, start = copy.deepcopy(reference.model), time.process_time()
     report = quantize_model(model, reference.calib, config)
     seconds = time.process_time() - start
     scores = evaluate_model(model, reference.heldout[:WINDOWS], reference.model)
     return model, report, dict(**scores._asdict(), cpu_seconds=seconds, made=stamp(config))
+
+
+def windows_of(name: str, source: str, samples: int, seqlen: int, n_heldout: int, seed: int = 0) -> Reference:
+    "A model by name or folder in float32, windows of a text to calibrate it, drawn with the seed, and held-out ones."
+    model, tokenizer = load_model(name, torch.float32)
+    calib = calibration_windows(source, tokenizer, samples, seqlen, seed).tokens
+    return Reference(model, tokenizer, calib, evaluation_windows(source, tokenizer, seqlen, n_heldout).tokens)
 
 
 def fresh(file: str, *words, **env):

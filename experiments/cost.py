@@ -15,9 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from aespa_nb import AespaConfig, quantize_model
-from aespa_nb.data.scores import evaluate_model
-from aespa_nb.data.text import load_reference
+from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
 from aespa_nb.experiments.cost import count_work, estimate_run, random_model
 from aespa_nb.model.memory import resident, sampled
 from aespa_nb.model.phases import timed
@@ -36,11 +34,10 @@ def random_tokens(seqs, seqlen, seed=0):
 
 def growth_point(preset, blocks, seqs, seqlen, shape):
     "One run of random blocks, in numbers; of one of the runs also the operations."
-    model = random_model(shape, blocks, seqlen)
     tokens, config = random_tokens(seqs, seqlen), AespaConfig.preset(preset, bits=2, iterations=50)
     row = dict(preset=preset, blocks=blocks, seqs=seqs, seqlen=seqlen, shape=shape)
     with timed(time.thread_time) as seconds:
-        report = quantize_model(model, tokens, config)
+        report = quantize_model(random_model(shape, blocks, seqlen), tokens, config)
     row |= dict(seconds=sum(seconds.values()), peak_bytes=report.peak_bytes, phases=seconds)
     if (preset, seqlen) == ("best", 256):
         row["flops"] = count_work(random_model(shape, blocks, seqlen), tokens, config)
@@ -73,11 +70,10 @@ def estimates():
     "On the bundled model and on a smaller one with random weights: 32 sequences, 200 steps of Adam."
     rows = []
     for preset in PRESETS:
-        reference = load_reference()
-        rows.append(held_against("bundled", reference.model, reference.calib[:32], reference.heldout[:32], preset))
-        model = random_model("small", 8, 256)
+        model, _, calib, heldout = load_reference()
+        rows.append(held_against("bundled", model, calib[:32], heldout[:32], preset))
         tokens = random_tokens(32, 256), random_tokens(32, 256, seed=1)
-        rows.append(held_against("random", model, *tokens, preset))
+        rows.append(held_against("random", random_model("small", 8, 256), *tokens, preset))
     return rows
 
 

@@ -17,7 +17,8 @@ import torch
 import transformers as hf
 from aespa_nb import AespaConfig, AespaError, quantize_model
 from aespa_nb.attention.forward import repeat_kv
-from aespa_nb.model.blocks import kind_of, linears_of, stacks_of, weight_of
+from aespa_nb.model.block_tuning import reading_inputs
+from aespa_nb.model.blocks import blocks_of, kind_of, linears_of, stacks_of, weight_of
 from aespa_nb.model.capture import Watch, capture_attention, capturing
 from aespa_nb.model.statistics import block_losses, survey
 from aespa_nb.model.stream import BlockStream
@@ -102,52 +103,44 @@ def inputs(name: str, seqs: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
     return dict(input_ids=tokens) | (dict(decoder_input_ids=tokens.flip(1)) if name == "T5" else {})
 
 
-def last_stack(model):
-    return model.get_submodule(stacks_of(model)[-1])
+def block_of(model):
+    "The first block of the model's last stack."
+    return model.get_submodule(stacks_of(model)[-1])[0]
 
 
 def first_block(model, data: dict, f):
-    "`f(block, stream)` for the first block of the model's last stack, while attention can be captured."
+    "`f(block, stream)` for this block, while attention can be captured."
     path = stacks_of(model)[-1]
     with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, data, 1, stack=path)) as stream:
-        return f(model.get_submodule(path)[0], stream)
-
-
-@contextlib.contextmanager
-def reading(block: torch.nn.Module, names: list[str]):
-    "What the linears `names` read, one list for each."
-    read = {n: [] for n in names}
-    with contextlib.ExitStack() as stack:
-        for n in names:
-            note = lambda module, args, n=n: read[n].append(args[0].detach())
-            stack.callback(block.get_submodule(n).register_forward_pre_hook(note).remove)
-        yield read
+        return f(block_of(model), stream)
 
 
 def heads_read(model, data, outputs: list[str]) -> dict[str, torch.Tensor]:
     "What the output projections of the first block read: the heads' outputs."
+    read = {n: [] for n in outputs}
 
     def run(block, stream):
-        with reading(block, outputs) as read:
+        with reading_inputs(block, outputs, lambda n, x: read[n].append(x.detach())):
             stream.run(block)
-        return {n: torch.cat(x) for n, x in read.items()}
 
-    return first_block(model, data, run)
+    first_block(model, data, run)
+    return {n: torch.cat(x) for n, x in read.items()}
 
 
 def reproduction(model, data) -> float:
     "Largest relative difference of V A^T from what the output projections read."
+    ours, theirs = [], []
+    merge = lambda m, Q, K, V, A: ours.append((A[:] @ repeat_kv(V, Q.shape[1]).mT).transpose(1, 2).flatten(2))
 
     def run(block, stream):
-        found, ours = survey(model, block, stream), []
-        merge = lambda m, Q, K, V, A: ours.append((A[:] @ repeat_kv(V, Q.shape[1]).mT).transpose(1, 2).flatten(2))
-        watch = Watch() if found.watched else contextlib.nullcontext()
-        with reading(block, [a.o for a in found.attentions]) as read, capture_attention(merge, within=block), watch:
+        found = survey(model, block, stream)
+        watch, outputs = Watch() if found.watched else contextlib.nullcontext(), [a.o for a in found.attentions]
+        ours.clear()
+        with reading_inputs(block, outputs, lambda n, x: theirs.append(x)), capture_attention(merge, block), watch:
             stream.run(block)
-        theirs = [x for together in zip(*read.values()) for x in together]
-        return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
 
-    return first_block(model, data, run)
+    first_block(model, data, run)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
 def value_loss(model, data) -> float:
@@ -155,7 +148,7 @@ def value_loss(model, data) -> float:
     found, losses = first_block(model, data, lambda b, s: (survey(model, b, s), block_losses(model, b, s).losses))
     attention = found.attentions[0]
     role, moved = attention.roles["v"], copy.deepcopy(model)
-    weight, rows = weight_of(last_stack(moved)[0], role.linear), role.rows.flatten()
+    weight, rows = weight_of(block_of(moved), role.linear), role.rows.flatten()
     dW = 0.01 * torch.randn(len(rows), weight.shape[1], generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         weight[rows] += dW
@@ -176,10 +169,10 @@ def attention_errors(name: str, seed: int, iterations: int = 300) -> dict[str, f
     for recipe, (preset, options) in RECIPES.items():
         rounded, mixed = copy.deepcopy(model), copy.deepcopy(model)
         quantize_model(rounded, data, AespaConfig.preset(preset, bits=3, iterations=iterations, **options))
-        block = last_stack(mixed)[0]
+        block = block_of(mixed)
         with torch.no_grad():
             for n in linears:
-                weight_of(block, n).copy_(weight_of(last_stack(rounded)[0], n))
+                weight_of(block, n).copy_(weight_of(block_of(rounded), n))
         now, errors[recipe] = heads_read(mixed, data, outputs), 0.0
         for n, x in full.items():
             W = weight_of(block, n).detach()
@@ -192,7 +185,7 @@ def row(name: str, seeds=range(3)) -> dict:
     model, data = build(name).double(), inputs(name)
     data = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
     found = first_block(model, data, lambda b, s: survey(model, b, s))
-    attention, linears = found.attentions[0], linears_of(last_stack(model)[0])
+    attention, linears = found.attentions[0], linears_of(block_of(model))
     report = quantize_model(build(name), inputs(name), AespaConfig.preset("best", bits=3))
     errors = [attention_errors(name, seed) for seed in seeds]
     return dict(
@@ -226,8 +219,7 @@ def random_case(rng: random.Random) -> tuple[str, dict, dict]:
 
 def accounted_for(model, report) -> set[str]:
     "Linears of the blocks that the report neither lists nor names."
-    blocks = [(f"{path}.{i}", block) for path in stacks_of(model) for i, block in enumerate(model.get_submodule(path))]
-    names = {f"{path}.{n}" for path, block in blocks for n in linears_of(block)}
+    names = {f"{path}.{n}" for path, block in blocks_of(model).items() for n in linears_of(block)}
     kept = {n for n in names if any(part in n and bits == 16 for part, bits in report.config.keep.items())}
     named = {n for n in names if any(note.endswith(kind_of(n.split(".", 3)[-1])) for note in report.notes)}
     return names - set(report.layers) - kept - named

@@ -18,8 +18,7 @@ SAMPLED = "--samples 64 --eval-samples 128".split()
 DEMO = """import json; from aespa_nb.experiments.records import *; found = json.load(open("build/demo/results.json"))
 write_record("nbs/runs/demo.json", found | dict(made=stamp(found["run"]["options"])))"""
 ENV = os.environ | dict(OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="262144")  # peaks of memory are the algorithm's
-RESUMES = "bits texts arithmetic families hostile torture pays attention smollm2 faults campaign layers".split()
-RESUMES += ["precompute"]
+AT_ONCE = "compare-reference compare-opt demo cost plan scale loading".split()  # not row by row
 OWNERS = {  # record -> the commands that make it, as words behind `python`
     "compare-reference": [[*COMPARE, "reference", "--presets", *METHODS, *"--bits 2 3 4 --group-sizes 0 64".split(),
                            *"--seeds 0 1 2".split(), *SAMPLED, "--out", "nbs/runs/compare-reference"]],
@@ -31,13 +30,11 @@ OWNERS = {  # record -> the commands that make it, as words behind `python`
     "precompute": [[f"{HERE}/campaign.py", "precompute"]],
     "faults": [[f"{HERE}/faults.py", *words.split()] for words in (
         "kills --count 300", "kills --count 100 --ranks 2", "disk --count 30")],
-    **{name: [[f"{HERE}/{name}.py"]] for name in RESUMES[:6]},
-    "pays": [[f"{HERE}/pays.py"]],
-    "attention": [[f"{HERE}/pays.py", "--parts"]],
-    "smollm2": [[f"{HERE}/smollm2.py"]],
+    **{name: [[f"{HERE}/{name}.py"]] for name in (
+        "bits", "texts", "arithmetic", "families", "hostile", "torture", "pays", "smollm2", "scale")},
+    "attention": [[f"{HERE}/pays.py", "attention"]],
     "cost": [[f"{HERE}/cost.py", "growth"]],
     "plan": [[f"{HERE}/cost.py", "estimates"]],
-    "scale": [[f"{HERE}/scale.py"]],
     "loading": [[f"{HERE}/peak_memory.py", "build/big"]],
     "peers": [],  # each needs an environment of its own: experiments/peers/run.py
 }  # fmt: skip
@@ -61,10 +58,9 @@ if __name__ == "__main__":
     found = {path: why for path, why in reasons().items() if not args.names or owner(path) in args.names}
     print(*(f"{path}: {why}" for path, why in found.items()), sep="\n", flush=True)
     for name in dict.fromkeys(map(owner, found)) if not args.list else ():
-        ours = [path for path in found if owner(path) == name]
         if not OWNERS[name]:
             print(f"{name}: not made by a command without questions; see its chapter, or experiments/peers/run.py")
-        for path in ours if OWNERS[name] and name not in RESUMES else ():
+        for path in [path for path in found if owner(path) == name] if name in AT_ONCE else ():
             (RUNS / path).unlink()  # these commands measure what is not there; git has the old one
         for words in OWNERS[name]:
             subprocess.run([sys.executable, *words], cwd=ROOT, check=True, env=ENV)

@@ -5,14 +5,10 @@ Minutes to an hour a run on one core; learned presets take fewer steps than they
 """
 
 import argparse
-import copy
 import itertools
-import time
 
-import torch
-from aespa_nb import AespaConfig, calibration_windows, evaluate_model, evaluation_windows, load_model, quantize_model
-from aespa_nb.experiments.records import stamp
-from common import resume
+from aespa_nb import AespaConfig, evaluate_model
+from common import resume, rounded, windows_of
 
 FORMATS = dict(g64=(2, 64), row=(3, None))  # bits, inputs that share a scale
 FEWER = dict(adaround=dict(iterations=200), aespa=dict(iterations=200), signround=dict(iterations=50))
@@ -33,22 +29,18 @@ def answers(model, tokenizer):
 
 def measure(job):
     "One row: the full model, or one rounded by a preset."
-    model, tokenizer = load_model("smollm2", torch.float32)
-    source, samples, seqlen, windows = TEXT
-    heldout = evaluation_windows(source, tokenizer, seqlen, windows).tokens
-    row = dict(text=dict(zip(("source", "samples", "seqlen", "windows"), TEXT)))
+    full = windows_of("smollm2", *TEXT, job.get("seed", 0))
+    text = dict(zip(("source", "samples", "seqlen", "windows"), TEXT))
     if job["preset"] == "full":
-        scores = dict(kl=0.0, perplexity=evaluate_model(model, heldout).perplexity, top1=1.0, cpu_seconds=0.0)
-        return row | scores | dict(answers=answers(model, tokenizer))
+        scores = dict(kl=0.0, perplexity=evaluate_model(full.model, full.heldout).perplexity, top1=1.0, cpu_seconds=0.0)
+        return dict(text=text, **scores, answers=answers(full.model, full.tokenizer))
     bits, size = FORMATS[job["format"]]
     changes = FEWER.get(job["preset"], {})
     config = AespaConfig.preset(job["preset"], bits, group_size=size, seed=job["seed"], **changes)
-    calib = calibration_windows(source, tokenizer, samples, seqlen, job["seed"]).tokens
-    rounded, start = copy.deepcopy(model), time.process_time()
-    report = quantize_model(rounded, calib, config)
-    row |= dict(cpu_seconds=time.process_time() - start, seconds=report.seconds, peak_MiB=report.peak_bytes / 2**20)
-    row |= evaluate_model(rounded, heldout, model)._asdict() | dict(bits_per_weight=report.bits_per_weight)
-    return row | dict(answers=answers(rounded, tokenizer), notes=report.notes, changes=changes, made=stamp(config))
+    model, report, row = rounded(full, config)
+    cost = dict(seconds=report.seconds, peak_MiB=report.peak_bytes / 2**20, bits_per_weight=report.bits_per_weight)
+    said = dict(answers=answers(model, full.tokenizer), notes=report.notes, changes=changes)
+    return dict(text=text) | row | cost | said
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ if __name__ == "__main__" and stale(path := RUNS / "texts.json"):
     for preset in ("full", *PRESETS):
         rounded = copy.deepcopy(model)
         if preset != "full":
-            report = quantize_model(rounded, calib, AespaConfig.preset(preset, BITS, seed=0, iterations=ITERATIONS))
+            report = quantize_model(rounded, calib, AespaConfig.preset(preset, BITS, iterations=ITERATIONS))
             snap_model(rounded, report, torch.float16)
         scores = evaluate_model(rounded, heldout[:WINDOWS], model)
         row = dict(method=preset, perplexity=scores.perplexity, kl=scores.kl)

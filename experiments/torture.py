@@ -1,7 +1,7 @@
 """Damaged models: each must end in a finite model no worse than round-to-nearest, or in one clear line.
 
     python experiments/torture.py                       everything; nbs/runs/torture.json
-    python experiments/torture.py --only dead --presets gptq best      a part, printed
+    python experiments/torture.py --only dead           a part, printed
 
 What "no worse" means: the squared error of every block's output on the calibration tokens, relative to the output,
 summed over blocks, against that of the preset rtn; up to `TOLERANCE`. Everything is measured in float64.
@@ -49,21 +49,21 @@ def build(kind: str, vocabulary: int = 64):
 # --- damages: each changes the model in place, or gives other tokens --------------------------------------------------
 
 
-each = lambda tensors, change: [change(t) for t in tensors]
+def embedding(model):
+    return model.get_input_embeddings().weight
 
 
 def norms(model):
     return [p for n, p in blocks(model).named_parameters() if p.ndim == 1 and "norm" in n and n.endswith("weight")]
 
 
-embedding = lambda model: model.get_input_embeddings().weight
+each = lambda tensors, change: [change(t) for t in tensors]
 on_model = lambda change: lambda m, t: (change(m), t)[1]
 on_tokens = lambda change: lambda m, t: change(t)
 on_norms = lambda change: on_model(lambda m: each(norms(m), change))
+on_routers = lambda change: on_model(lambda m: each((p for n, p in m.named_parameters() if "gate.weight" in n), change))
 put = lambda at, value: lambda t: t.__setitem__(at, value)
 times = lambda size: lambda t: t.mul_(size)
-gates = lambda model: [p for n, p in model.named_parameters() if n.endswith("gate.weight")]
-route = lambda factor: on_model(lambda m: each(gates(m), times(factor)))
 
 
 def on_weights(change, *parts, dtype=None):
@@ -82,27 +82,18 @@ VOCABULARY = "a vocabulary of one token"
 CASES = {
     "healthy": on_tokens(lambda t: t),
     "dead channels: a quarter of the norm weights 0": on_norms(put(slice(None, None, 4), 0)),
-    "dead channels: all but one": on_norms(put(slice(1, None), 0)),
     "dead channels: all norm weights 0": on_norms(put(slice(None), 0)),
     **{f"exploding channel: norm weight times {s:.0e}": on_norms(lambda t, s=s: t[3].mul_(s))
        for s in (1e4, 1e8, 1e12, 1e18)},
-    **{f"exploding channel of the embedding, times {s:.0e}": on_model(lambda m, s=s: embedding(m)[:, 5].mul_(s))
-       for s in (1e4, 1e12)},
     "constant token stream": on_tokens(lambda t: torch.full_like(t, 7)),
     "one sequence of three tokens": on_tokens(lambda t: t[:1, :3]),
-    "two tokens in all": on_tokens(lambda t: t[:1, :2]),
-    "two sequences, repeated": on_tokens(lambda t: t[[0, 1] * 6]),
     "duplicate channels": on_model(duplicate),
-    "weights: every third row 0": on_weights(put(slice(None, None, 3), 0)),
     "weights: every third column 0": on_weights(put((slice(None), slice(None, None, 3)), 0)),
     "weights: all 0": on_weights(times(0)),
-    "weights: queries and keys 0": on_weights(times(0), "q_proj", "k_proj"),
-    "weights: values 0": on_weights(times(0), "v_proj"),
     "weights: all equal": on_weights(put(slice(None), 0.1)),
     "weights: equal within rows": on_weights(lambda w: w.copy_(w[:, :1].expand_as(w))),
     **{f"one outlier of {s:.0e} in each weight": on_weights(put((0, 0), s)) for s in (1e3, 1e9, 1e18, 1e30, 3e38)},
     **{f"weights times {s:.0e}": on_weights(times(s)) for s in (1e-42, 1e-38, 1e-30, 1e10, 1e30)},
-    "rows from 1e-20 to 1e10": on_weights(lambda w: w.mul_(torch.logspace(-20, 10, len(w))[:, None])),
     **{f"queries and keys times {s:.0e}": on_weights(times(s), "q_proj", "k_proj") for s in (1e2, 1e6, 1e18)},
     "identical heads": on_weights(lambda w: w.copy_(w[:8].repeat(len(w) // 8, 1)), "q_proj", "k_proj", "v_proj"),
     **{f"{v} in {where}": f(v) for v in (math.nan, math.inf, -math.inf) for where, f in {
@@ -115,19 +106,17 @@ CASES = {
     "bfloat16": on_model(lambda m: m.bfloat16()),
     "float16 that overflows in a block": on_weights(times(1e3), "down_proj", "fc2", "w2", dtype=torch.half),
     "float16 that overflows in the norms": on_model(lambda m: (embedding(m).mul_(2e4), m.half())),
-    "float16, outliers at its largest number": on_weights(put(([0, 1], [0, 1]), 65504), dtype=torch.half),
     "float16, both ends at its largest number": on_weights(
         put((0, [0, 1]), torch.tensor([6e4, -6e4])), dtype=torch.half),
     "float16, weights below its smallest number": on_weights(times(1e-7), dtype=torch.half),
     "bfloat16 with exploding channels": on_model(lambda m: (each(norms(m), lambda p: p[3].mul_(1e12)), m.bfloat16())),
-    "experts: the router is blind": route(0),
-    "experts: the router overflows": route(1e38),
+    "experts: the router is blind": on_routers(times(0)),
+    "experts: the router overflows": on_routers(times(1e38)),
     "tokens beyond the vocabulary": on_tokens(lambda t: t + 60),
     "negative tokens": on_tokens(lambda t: t - 1),
     "tokens that are no whole numbers": on_tokens(lambda t: t.float()),
     "sequences of one token": on_tokens(lambda t: t[:, :1]),
     "no sequence": on_tokens(lambda t: t[:0]),
-    "tokens without an axis of sequences": on_tokens(lambda t: t[0]),
     "sequences longer than the model takes": on_tokens(lambda t: t.repeat(1, 4)),
     VOCABULARY: on_tokens(lambda t: t),
 }  # fmt: skip
@@ -169,34 +158,31 @@ def judge(row: dict, rtn: dict) -> str:
     "What the row is worth beside that of round-to-nearest."
     if row["end"] != "rounded" or rtn["end"] != "rounded":
         return row["end"]
-    if row["error"] != row["error"]:
-        return "rounded" if rtn["error"] != rtn["error"] else "not finite"  # the full model overflows by itself
+    if math.isnan(row["error"]):
+        return "rounded" if math.isnan(rtn["error"]) else "not finite"  # the full model overflows by itself
     return "rounded" if row["error"] <= rtn["error"] * (1 + TOLERANCE) + SMALL else "worse"
 
 
-def all_presets(kind: str, name: str, presets) -> dict:
+def all_presets(job: dict) -> dict:
     "One damaged model with each preset: who came to which end, errors relative to round-to-nearest, what was said."
-    rtn = one(kind, name, "rtn")
-    ends, ratios, said = {}, {}, []
-    for preset in presets:
-        row = rtn if preset == "rtn" else one(kind, name, preset)
+    rows = {preset: one(job["model"], job["case"], preset) for preset in PRESETS}
+    rtn, ends, said = rows["rtn"], {}, [row.get("why") or "; ".join(row["notes"])[:160] for row in rows.values()]
+    for preset, row in rows.items():
         verdict = judge(row, rtn)
         ends[verdict] = f"{ends.get(verdict, '')} {preset}".strip()
-        said.append(row.get("why") or "; ".join(row["notes"])[:160])
-        if row.get("error") and rtn.get("error"):
-            ratios[preset] = float(f"{row['error'] / rtn['error']:.4g}")
+    errors = {preset: row["error"] for preset, row in rows.items() if row.get("error") and rtn.get("error")}
+    ratios = {preset: float(f"{error / rtn['error']:.4g}") for preset, error in errors.items()}
     return dict(ends=ends, ratios=ratios, said=list(dict.fromkeys(filter(None, said))))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="models or cases whose name contains this: printed, not stored")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     args = parser.parse_args()
     warnings.simplefilter("error", RuntimeWarning)
     hf.utils.logging.set_verbosity_error()
     jobs = [dict(model=kind, case=name) for kind in MODELS for name in CASES]
-    found = measured("torture", jobs, lambda job: all_presets(job["model"], job["case"], args.presets), args.only)
+    found = measured("torture", jobs, all_presets, args.only)
     bad = [r for r in found if set(BAD) & set(r["ends"])]
     print(*bad, f"{len(found)} damaged models, {len(bad)} bad ends", sep="\n")
     sys.exit(bool(bad))

@@ -17,9 +17,7 @@ import argparse
 import ast
 import hashlib
 import json
-import math
 import re
-import sys
 import sysconfig
 import time
 import warnings
@@ -38,23 +36,18 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 OUTSIDE = "networkx"  # never trained on, and not in the held-out split either
 SKIP = set("tests test testing _vendor __pycache__ idlelib lib2to3 site-packages pydoc_data".split())
+STOP_WORDS = set("the a an of to in is are and or for with be this that it if as by on from which not can when".split())
 HELDOUT_PERCENT, WINDOW, VOCABULARY, BATCH = 4, 256, 4096, 24
 
 
 # ---- corpus: from source files to tokens -----------------------------------------------------------------------------
-WORD = re.compile(r"[A-Za-z][a-z']*")
-STOP_WORDS = set("the a an of to in is are and or for with be this that it if as by on from which not can when will at "
-                 "has have was were then than may must should used using only other each into".split())  # fmt: skip
-ITEM = re.compile(r"([-*•+]|\d+[.)]|#{1,4})\s|\.\. |:param|:return|:type|@")
-DEFINITION = re.compile(r"[\w.*]+(, [\w.*]+)*\s*(\([^)]*\))?\s*:(\s|$)")
-NOT_TEXT = (">>>", "...", "In [", "Out[", "$ ", "| ", "+-", "|-")
-MARKUP = {  # fenced code goes; links, roles and emphasis keep their text
+ITEM = r"(?:[-*•+]\s|\d+[.)]\s|#+\s|>>>|:param|:return|@|\w+\s*(?:\([^)]*\))?\s*:\s)"  # begins a line
+MARKUP = {  # fenced code and rulers go; links, roles and emphasis keep their text
     re.compile(r"^(```|~~~).*?^(```|~~~)\s*$", re.S | re.M): "",
-    re.compile(r"<(Tip|/Tip|Added|Deprecated|Changed)[^>]*>"): "",
+    re.compile(r"^\s*[-=~^*#+_]{3,}\s*$", re.M): "",
     re.compile(r":(?:[a-z]+:)?[a-z]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`"): r"`\1`",
     re.compile(r"\[([^\]]*)\]\([^)]*\)"): r"\1",
-    re.compile(r"\*\*([^*\n]+)\*\*"): r"\1",
-    re.compile("``"): "`",
+    re.compile(r"\*\*|`(?=`)"): "",
 }
 
 
@@ -65,39 +58,29 @@ def digest(text):
 def docstrings(source):
     "Docstrings, and other texts in quotes that documentation hides in; most of what is none is no prose either."
     texts = (n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant))
-    yield from (cleandoc(text) for text in texts if isinstance(text, str) and len(text) > 60)
+    return [cleandoc(text) for text in texts if isinstance(text, str) and len(text) > 60]
 
 
 def comments(source):
     "Consecutive lines that hold nothing but a comment, joined; licence headers are left out."
-    for block in re.findall(r"(?:^[ \t]*#.*\n)+", source, re.M):
-        if not re.search(r"copyright|licen[sc]e", block, re.I):
-            yield re.sub(r"^[ \t]*#+[:!|]? ?", "", block, flags=re.M)
+    blocks = re.findall(r"(?:^[ \t]*#.*\n)+", source, re.M)
+    ours = [block for block in blocks if not re.search("copyright|licen[sc]e", block, re.I)]
+    return [re.sub(r"^[ \t]*#+[:!|]? ?", "", block, flags=re.M) for block in ours]
 
 
 def paragraphs(text):
-    "Splits a docstring or comment into paragraphs and list items, one line each; examples and rulers go."
-    text = text.replace("\r", "")
+    "The paragraphs and list items of prose in a docstring or comment, one line each."
     for pattern, replacement in MARKUP.items():
         text = pattern.sub(replacement, text)
-    groups, before = [[]], 0
-    for line in text.split("\n"):
-        words, indent = line.strip(), len(line) - len(line.lstrip())
-        if not words or words.startswith(NOT_TEXT) or set(words) <= set("-=~^*#+_. "):
-            groups.append([])
-            continue
-        if ITEM.match(words) or indent < before or (DEFINITION.match(words) and indent <= before):
-            groups.append([])
-        groups[-1].append(words)
-        before = indent
-    return [re.sub(r"[ \t]+", " ", " ".join(g)).strip() for g in groups if g]
+    parts = re.split(rf"\n\s*\n|\n(?=\s*{ITEM})", text)
+    return list(filter(is_prose, (" ".join(part.split()) for part in parts)))
 
 
 def is_prose(paragraph):
-    words, letters = WORD.findall(paragraph), sum(c.isalpha() or c == " " for c in paragraph)
-    if len(paragraph) < 40 or len(words) < 8 or letters < 0.8 * len(paragraph):
-        return False
-    return sum(w.lower() in STOP_WORDS for w in words) >= 0.15 * len(words)
+    "Most of it is letters, and there are words that every text is full of."
+    words, letters = paragraph.lower().split(), sum(c.isalpha() or c == " " for c in paragraph)
+    common = sum(w in STOP_WORDS for w in words) >= 0.15 * len(words)
+    return len(words) >= 8 and letters >= 0.8 * len(paragraph) and common and not paragraph.startswith(">>>")
 
 
 def runs(paragraph, width=13):
@@ -111,11 +94,10 @@ def source_files(folder):
     "(core or added, name, path) of all source files: standard library, packages of constraints.txt; those in `folder`."
     stdlib, pins = Path(sysconfig.get_paths()["stdlib"]), Path("constraints.txt").read_text().lower()
     found = [("core", p.relative_to(stdlib), p) for p in stdlib.rglob("*.py")]
-    for kind, packages in (("core", distributions()), ("added", distributions(path=[str(folder)]))):
-        packages = [d for d in packages if kind == "added" or f"\n{d.name.lower()}==" in pins]
+    pinned = [d for d in distributions() if f"\n{d.name.lower()}==" in pins]
+    for kind, packages in (("core", pinned), ("added", distributions(path=[str(folder)]))):
         found += [(kind, f, Path(d.locate_file(f))) for d in packages for f in d.files or () if f.suffix == ".py"]
-    wanted = [(k, f.as_posix(), p) for k, f, p in found if not (SKIP & set(f.parts) or f.name.startswith("test_"))]
-    return sorted(wanted)
+    return sorted((k, f.as_posix(), p) for k, f, p in found if not (SKIP & set(f.parts) or f.name.startswith("test_")))
 
 
 def documents(folder):
@@ -136,22 +118,23 @@ def documents(folder):
     return sorted(found, key=lambda d: ["heldout", "outside", "train", "added"].index(d[0]))
 
 
-def corpus(args):
-    "Prose, each paragraph once; trains the tokenizer; writes tokens.safetensors, one stream for each split."
-    warnings.filterwarnings("ignore")
+def split_texts(folder):
+    "Texts of each split, in an order that has nothing to do with their names; each paragraph once."
     heldout, seen, texts = set(), set(), defaultdict(dict)
-    for split, name, found in documents(args.out / "extra"):
-        kept = []
-        for p in filter(is_prose, found):
-            words = runs(p)
+    for split, name, found in documents(folder):
+        for paragraph in found:
+            words = runs(paragraph)
             if not (words <= seen or (split in ("train", "added") and words & heldout)):
-                kept.append(p)
+                texts[split][name] = texts[split].get(name, "") + paragraph + "\n"
             seen |= words
             heldout |= words if split == "heldout" else set()
-        if kept:
-            texts[split][name] = "\n".join([*filter(None, [texts[split].get(name)]), *kept])
-    texts = {split: [files[n] for n in sorted(files, key=digest)] for split, files in texts.items()}
-    bpe = Tokenizer(models.BPE())
+    return {split: [files[name] for name in sorted(files, key=digest)] for split, files in texts.items()}
+
+
+def corpus(args):
+    "Trains the tokenizer, and writes tokens.safetensors, one stream for each split."
+    warnings.filterwarnings("ignore")
+    texts, bpe = split_texts(args.out / "extra"), Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     options = dict(special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     bpe.train_from_iterator(texts["train"], trainers.BpeTrainer(vocab_size=VOCABULARY, min_frequency=10, **options))
@@ -160,13 +143,7 @@ def corpus(args):
     FastTokenizer(tokenizer_object=bpe, model_max_length=WINDOW, **special).save_pretrained(args.out / "tokenizer")
     streams = {k: torch.tensor([i for e in bpe.encode_batch(parts) for i in e.ids]) for k, parts in texts.items()}
     save_file({k: ids.short() for k, ids in streams.items()}, args.out / "tokens.safetensors")
-    size = lambda parts: dict(files=len(parts), bytes=sum(len(p.encode()) for p in parts))
-    write(args.out / "tokens.json", {k: size(parts) | dict(tokens=len(streams[k])) for k, parts in texts.items()})
-
-
-def write(path, report):
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    print({split: f"{len(ids)} tokens of {len(texts[split])} files" for split, ids in streams.items()})
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -184,7 +161,7 @@ def blank_model(kind):
 def train(args):
     "Computes in bfloat16; Muon for the matrices of the layers, AdamW for the rest; what is kept is a moving average."
     device, start = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
-    torch.manual_seed(args.seed)
+    torch.manual_seed(0)
     model = blank_model(args.kind).to(device)
     model.set_attn_implementation("sdpa" if torch.cuda.is_available() else "eager")  # half the time of the fused kernel
     matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
@@ -212,26 +189,22 @@ def train(args):
         if step % 100 == 0:
             print(f"{now():6.1%}  step {step}  loss {loss.item():.4f}", flush=True)
     average.module.save_pretrained(args.out / "trained")
-    write(args.out / "progress.json", dict(minutes=args.minutes, step=step, tokens=step * BATCH * WINDOW))
+    print(f"{step} steps, {step * BATCH * WINDOW} tokens")
 
 
 def finish(args):
     "Writes --out/final: fp16 model, tokenizer, calibration and held-out tokens, training.json with the perplexity."
-    final, read = args.out / "final", lambda path: json.loads(path.read_text())
+    final, streams = args.out / "final", load_file(args.text / "tokens.safetensors")
     AutoModelForCausalLM.from_pretrained(args.out / "trained", dtype=torch.float16).save_pretrained(final)
     FastTokenizer.from_pretrained(args.text / "tokenizer").save_pretrained(final)
-    streams = load_file(args.text / "tokens.safetensors")
     blocks = {k: s[: len(s) // WINDOW * WINDOW].view(-1, WINDOW) for k, s in streams.items()}
-    chosen = torch.randperm(len(blocks["train"]), generator=torch.Generator().manual_seed(args.seed))[:1024]
+    chosen = torch.randperm(len(blocks["train"]), generator=torch.Generator().manual_seed(0))[:1024]
     save_file({"tokens": blocks["train"][chosen].contiguous()}, final / "calibration.safetensors")
     save_file({"tokens": blocks["heldout"].contiguous()}, final / "heldout.safetensors")
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32).eval()  # what a reader will load
-    found, sizes = perplexity(model, blocks["heldout"].long()), read(args.text / "tokens.json")
-    per_byte = math.log2(found) * sizes["heldout"]["tokens"] / sizes["heldout"]["bytes"]
-    report = dict(heldout=dict(perplexity=found, bits_per_byte=per_byte, windows=len(blocks["heldout"]), window=WINDOW))
-    report |= dict(outside_perplexity=perplexity(model, blocks["outside"].long()), streams=sizes)
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__)
-    write(final / "training.json", report | dict(progress=read(args.out / "progress.json"), **versions))
+    report = {split: dict(perplexity=perplexity(model, blocks[split].long())) for split in ("heldout", "outside")}
+    (final / "training.json").write_text(json.dumps(report))
+    print(report)
 
 
 if __name__ == "__main__":
@@ -242,7 +215,6 @@ if __name__ == "__main__":
     add("--text", type=Path, help="train, finish: folder of tokenizer and tokens (default: OUT)")
     add("--kind", choices=["llama", "opt"], default="llama", help="architecture (default: %(default)s)")
     add("--minutes", type=float, default=110, help="train: length of the run (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of initial weights, order of the text and calibration windows")
     args = parser.parse_args()
     args.text = args.text or args.out
     args.out.mkdir(parents=True, exist_ok=True)

@@ -220,7 +220,7 @@ def test_help_and_imports_are_light():
     code += "\nprint(codes, sorted({'torch', 'transformers', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[0, 0, 2] []" and all(name in done.stdout for name in COMMANDS)
-    assert set(re.findall(r"[a-z0-9]+", PRESETS_TEXT)) >= PRESETS.keys() and get_args(Form) == tuple(FORMATS)
+    assert set(re.findall(r"[a-z0-9-]+", PRESETS_TEXT)) >= PRESETS.keys() and get_args(Form) == tuple(FORMATS)
 
 
 def test_commands_are_functions(local, tmp_path):

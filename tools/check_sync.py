@@ -36,8 +36,8 @@ def differences(root):
     with tempfile.TemporaryDirectory() as tmp:
         new, lines = Path(tmp), []
         shutil.copy(root / "settings.ini", new)
+        ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked", "*.safetensors")
         for folder in ("nbs", "aespa_nb"):
-            ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked", "*.safetensors")
             shutil.copytree(root / folder, new / folder, ignore=ignore)
         for module in (new / "aespa_nb").rglob("*.py"):
             if GENERATED in module.read_text(encoding="utf-8") or module.name == "_modidx.py":

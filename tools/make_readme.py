@@ -54,19 +54,14 @@ def say_minutes(text, nbs):
 def outputs(cell, alt, figures):
     "The outputs of a cell as Markdown; figures are added to the dictionary of files."
     for o in cell.outputs:
-        data = o.get("data", {})
-        if o.output_type == "stream":
-            yield f"```text\n{o.text.rstrip()}\n```"
-        elif "image/svg+xml" in data:
+        data = o.get("data") or {"text/plain": o.text}
+        kind = next(k for k in ("image/svg+xml", "text/markdown", "text/html", "text/plain") if k in data)
+        if kind == "image/svg+xml":
             path = FIGURES / f"index-{len(figures) + 1}.svg"
-            figures[path] = data["image/svg+xml"].rstrip() + "\n"
+            figures[path] = data[kind].rstrip() + "\n"
             yield f"![{alt}]({path.as_posix()})"
-        elif "text/markdown" in data:
-            yield data["text/markdown"].rstrip()
-        elif "text/html" in data:
-            yield data["text/html"].strip()
-        elif "text/plain" in data:
-            yield f"```text\n{data['text/plain'].rstrip()}\n```"
+        else:
+            yield f"```text\n{data[kind].rstrip()}\n```" if kind == "text/plain" else data[kind].strip()
 
 
 def readme(nb, nbs):
@@ -89,12 +84,11 @@ def readme(nb, nbs):
 
 def main(root):
     text, figures = readme(nbformat.read(root / "nbs/index.ipynb", as_version=4), root / "nbs")
-    (root / "README.md").write_text(text, encoding="utf-8")
+    (root / FIGURES).mkdir(parents=True, exist_ok=True)
     for old in (root / FIGURES).glob("index-*.svg"):
         old.unlink()
-    for path, svg in figures.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(svg, encoding="utf-8")
+    for path, content in {Path("README.md"): text, **figures}.items():
+        (root / path).write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,30 +21,22 @@ ENV = dict(os.environ, PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
 
 
 def run(command):
-    "Runs a step, showing what it prints; its exit status and output."
-    process = subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    return process.wait(), "".join(lines)
+    "Runs a step, showing what it prints; its exit status, and how many of its parts passed, failed or were skipped."
+    with subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        text = "".join(print(line, end="", flush=True) or line for line in process.stdout)
+    ends = (r"\b(\d+) (?:passed|cells in)\b", r"\b(\d+) (?:failed|errors?)\b", r"\b(\d+) skipped\b")
+    return process.returncode, [sum(map(int, re.findall(end, text))) for end in ends]
 
 
 if __name__ == "__main__":
-    start, total = time.time(), dict(passed=0, skipped=0)
+    start, passed, skipped = time.time(), 0, 0
     for i, (title, command) in enumerate(STEPS.items(), 1):
         print(f"\n=== {i}/{len(STEPS)} {title}", flush=True)
         began = time.time()
-        status, text = run(command)
+        status, (ok, failed, left_out) = run(command)
         print(f"--- {time.time() - began:.0f} s", flush=True)
-        count = lambda pattern, text=text: sum(map(int, re.findall(pattern, text)))
-        total["passed"] += count(r"\b(\d+) passed\b") + count(r"(?m)^checked: (\d+) cells")
-        total["skipped"] += count(r"\b(\d+) skipped\b")
-        total["passed"] += not ("pytest" in command or "--check" in command or status)
+        passed, skipped = passed + (ok or not status), skipped + left_out
         if status:
-            failed = count(r"\b(\d+) (?:failed|errors?)\b") or 1
-            sys.exit(f"\nFAILED at step {i}: {title}\n\n{total['passed']} passed, {failed} failed")
-    skipped = f", {total['skipped']} skipped" if total["skipped"] else ""
-    minutes = (time.time() - start) / 60
-    print(f"\nAll {len(STEPS)} steps passed in {minutes:.1f} minutes. Tests, cells and checks together:")
-    print(f"{total['passed']} passed, 0 failed{skipped}")
+            sys.exit(f"\nFAILED at step {i}: {title}\n\n{passed} passed, {failed or 1} failed")
+    print(f"\nAll {len(STEPS)} steps passed in {(time.time() - start) / 60:.1f} minutes; tests, cells and checks:")
+    print(f"{passed} passed, 0 failed" + (f", {skipped} skipped" if skipped else ""))

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 
 import nbformat
@@ -39,7 +40,7 @@ ENV = dict(
     MPLBACKEND="module://matplotlib_inline.backend_inline", SOURCE_DATE_EPOCH="0",
     MATPLOTLIBRC=str(Path(__file__).with_name("matplotlibrc").resolve()), COLUMNS="100",
 )  # fmt: skip
-# Twelve digits that are the same where products, factors and functions come out with the same bits.
+# Prints twelve digits that are the same where products, factors and functions come out with the same bits.
 ARITHMETIC = """
 import hashlib, torch
 torch.manual_seed(0)
@@ -70,29 +71,26 @@ def kernel(folder, arguments):
     launch_new_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
 
-class Forked:
+class Forked(FORKS.Process):
     "A kernel that looks like a process of `subprocess`, as Jupyter wants it."
 
     stdin = stdout = stderr = None
+    wait = FORKS.Process.join
 
     def __init__(self, command, cwd, **options):
-        self.process = FORKS.Process(target=kernel, args=(cwd, command[command.index("ipykernel_launcher") + 1 :]))
-        self.process.start()
-        while self.process.is_alive() and os.getpgid(self.process.pid) != self.process.pid:
+        super().__init__(target=kernel, args=(cwd, command[command.index("ipykernel_launcher") + 1 :]))
+        self.start()
+        while self.is_alive() and os.getpgid(self.pid) != self.pid:
             time.sleep(0.01)  # Jupyter asks for the group at once
-        self.pid, self.terminate, self.kill = self.process.pid, self.process.terminate, self.process.kill
 
     def poll(self):
-        return self.process.exitcode
-
-    def wait(self, timeout=None):
-        return self.process.join(timeout)
+        return self.exitcode
 
     def send_signal(self, signal):
         os.kill(self.pid, signal)
 
 
-def run(path, flags=(), timeout=600):
+def run(path, flags=()):
     "The notebook with fresh outputs, cleaned, run in its own folder; and how many cells were run."
     cfg, nb = get_config(), nbformat.read(path, as_version=4)
     skip = set(cfg.tst_flags.split()) - set(flags)
@@ -104,20 +102,13 @@ def run(path, flags=(), timeout=600):
             c.metadata.setdefault("tags", []).append("skip-execution")
     resources = {"metadata": {"path": str(Path(path).parent)}}
     options = dict(kernel_name="python3", record_timing=False, extra_arguments=KERNEL, resources=resources)
-    NotebookClient(nb, timeout=timeout, **options).execute()
+    NotebookClient(nb, timeout=600, coalesce_streams=True, **options).execute()
     nb.metadata.pop("widgets", None)
     for c in code:
         if c.id in kept:
             c.metadata.tags.remove("skip-execution")
-            c.outputs = kept[c.id]
-        # Progress bars and sliders have random names: not stored. Pieces of one stream arrive as they like: joined.
-        found, c.outputs = [o for o in c.outputs if WIDGET not in o.get("data", {})], []
-        for o in found:
-            last = c.outputs[-1] if c.outputs else {}
-            if o.output_type == "stream" and o.name == last.get("name"):
-                last.text += o.text
-            else:
-                c.outputs.append(o)
+        # progress bars and sliders have random names: not stored
+        c.outputs = kept.get(c.id, [o for o in c.outputs if WIDGET not in o.get("data", {})])
     allowed = {key: cfg[key].split() for key in ("allowed_metadata_keys", "allowed_cell_metadata_keys")}
     clean_nb(nb, **allowed, clean_ids=cfg.clean_ids)
     return nb, len(code) - len(kept)
@@ -134,12 +125,10 @@ SVG_ID = re.compile(r"\b[mphc][0-9a-f]{10}\b")  # matplotlib names shapes after 
 
 def close(a, b, svg):
     "Equal up to the last digit, a rounding error; in a figure, a tenth of a point."
-    x, y = float(a), float(b)
-    if "." not in a and "e" not in a:
+    x, y, exponent = float(a), float(b), Decimal(a).as_tuple().exponent
+    if exponent == 0:
         return x == y
-    digits, _, exponent = a.partition(".")[2].partition("e")
-    last = 10.0 ** (int(exponent or 0) - len(digits))
-    return abs(x - y) <= (0.1 if svg else max(1.01 * last, 1e-3 * abs(x), 1e-9))
+    return abs(x - y) <= (0.1 if svg else max(1.01 * 10.0**exponent, 1e-3 * abs(x), 1e-9))
 
 
 def alike(a, b, svg):
@@ -149,25 +138,19 @@ def alike(a, b, svg):
 
 def same(a, b, svg=False, near=close):
     "'equal', 'close' (the same text around numbers that are `near`) or 'different'."
-    if a == b:
-        return "equal"
-    if svg and near is alike:
-        return "close"
+    if a == b or (svg and near is alike):
+        return "equal" if a == b else "close"
     if svg:
         a, b = SVG_ID.sub("id", a), SVG_ID.sub("id", b)
-    if NUMBER.sub("0", a) != NUMBER.sub("0", b):
-        return "different"
-    pairs = zip(NUMBER.findall(a), NUMBER.findall(b))
-    return "close" if all(x == y or near(x, y, svg) for x, y in pairs) else "different"
+    framed, pairs = NUMBER.sub("0", a) == NUMBER.sub("0", b), zip(NUMBER.findall(a), NUMBER.findall(b))
+    return "close" if framed and all(near(*pair, svg) for pair in pairs) else "different"
 
 
 def parts(output):
     "The texts and figures in one output, by name."
     if output.output_type == "stream":
         return {output.name: OF_THE_MACHINE.sub("*", output.text)}
-    if output.output_type == "error":
-        return {"error": output.evalue}
-    return dict(output.data)
+    return {"error": output.evalue} if output.output_type == "error" else output.data
 
 
 def compare(old, new):
@@ -175,17 +158,15 @@ def compare(old, new):
     near = close if old.metadata.get("arithmetic") == new.metadata.arithmetic else alike
     lines, rounded = [], 0
     for i, (a, b) in enumerate(zip(old.cells, new.cells)):
-        if a.cell_type != "code":
+        stored, now = (list(map(parts, cell.get("outputs", []))) for cell in (a, b))
+        if len(stored) != len(now):
+            lines.append(f"cell {i}: {len(stored)} stored outputs, {len(now)} now\n{a.source}")
             continue
-        if len(a.outputs) != len(b.outputs):
-            lines.append(f"cell {i}: {len(a.outputs)} stored outputs, {len(b.outputs)} now\n{a.source}")
-            continue
-        for x, y in zip(map(parts, a.outputs), map(parts, b.outputs)):
-            kinds = {k: same(x.get(k, ""), y.get(k, ""), "svg" in k, near) for k in x.keys() | y.keys()}
-            if near is alike and "varies" in extract_directives(a, remove=False):
-                kinds = {k: "close" for k in kinds}
-            rounded += "close" in kinds.values()
-            for k in sorted(k for k, v in kinds.items() if v == "different"):
+        varies = near is alike and "varies" in extract_directives(a, remove=False)
+        for x, y in zip(stored, now):
+            kinds = {k: same(x.get(k, ""), y.get(k, ""), "svg" in k, near) for k in sorted(x.keys() | y.keys())}
+            rounded += varies or "close" in kinds.values()
+            for k in [k for k, kind in kinds.items() if kind == "different" and not varies]:
                 shown = "the figure differs" if "svg" in k else f"stored: {x.get(k)}\nnow:    {y.get(k)}"
                 lines.append(f"cell {i} ({k}): {shown}\n{a.source}")
     return lines, rounded
@@ -196,12 +177,11 @@ def one(path, check, flags, made_by):
     start = time.time()
     try:
         nb, cells = run(path, flags)
-        nb.metadata.arithmetic = made_by
     except CellExecutionError as e:
-        message = re.sub(r"\x1b\[[0-9;]*m", "", str(e))
-        return path, 0, time.time() - start, [message], 0
-    stderr = [o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stderr"]
-    lines, rounded = [f"wrote to stderr: {t}" for t in stderr], 0
+        return path, 0, time.time() - start, [re.sub(r"\x1b\[[0-9;]*m", "", str(e))], 0
+    nb.metadata.arithmetic = made_by
+    outputs = [o for c in nb.cells for o in c.get("outputs", [])]
+    lines, rounded = [f"wrote to stderr: {o.text}" for o in outputs if o.get("name") == "stderr"], 0
     if check:
         differing, rounded = compare(nbformat.read(path, as_version=4), nb)
         lines += differing
@@ -217,10 +197,8 @@ if __name__ == "__main__":
     p.add_argument("--flags", default="", help="also run cells with these flags, e.g. 'slow cuda'")
     p.add_argument("-j", type=int, default=2, help="notebooks at a time")
     a = p.parse_args()
-    os.environ.update(ENV)
+    os.environ.update({k: v for k, v in ENV.items() if k != "CUDA_VISIBLE_DEVICES" or "cuda" not in a.flags.split()})
     local_provisioner.launch_kernel = Forked
-    if "cuda" in a.flags.split():
-        del os.environ["CUDA_VISIBLE_DEVICES"]
     paths = a.paths or [p for p in get_config().nbs_path.rglob("[!._]*.ipynb") if ".ipynb_checkpoints" not in p.parts]
     paths.sort(key=lambda p: (p.stem != "index", p.name))  # the numbers are unique over all rooms
     cells, bad, made_by = 0, 0, arithmetic()

@@ -112,6 +112,7 @@ class BlockMap:
     readers: dict[str, str]  # linear that adds to the residual stream -> module that has just read it
     routed: frozenset[str]  # linears that see some of the tokens only
     idle: tuple[str, ...]  # linears that did not run
+    feeds: dict[str, str]  # linear before an elementwise activation -> linear that reads what comes out
     order: tuple[str, ...]  # linears, and "" for attention, as they ran
     watched: bool  # whether a `Watch` is needed to capture everything
 
@@ -137,6 +138,16 @@ def _role(role: str, T: Tensor, ran: list[Ran]) -> Role | str:
     if role == "v" and position != ("none", None, 1.0):
         return f"v is not the output of {name} itself"
     return Role(name, rows, *position)
+
+# %% ../../nbs/model/45_roles.ipynb #45feed02
+def _elementwise(x: Tensor, y: Tensor) -> bool:
+    "Whether each entry of `x` depends only on the entry of `y` in its place, or on those of the equal parts of `y`."
+    if not x.requires_grad or x.shape[:-1] != y.shape[:-1] or y.shape[-1] % x.shape[-1]:
+        return False
+    slope, z = _gradients(x, [y], torch.ones_like(x))[0], _random(x.shape, x)
+    if slope is None or not slope.any():
+        return False
+    return _close(_gradients(x, [y], z)[0], slope * torch.cat([z] * (y.shape[-1] // x.shape[-1]), -1))
 
 # %% ../../nbs/model/45_roles.ipynb #d68c7dc6
 class _Trace:
@@ -241,4 +252,6 @@ def map_block(
     attentions = [a if a.o else replace(a, notes=(*a.notes, missing)) for a in trace.attentions]
     watched = bool(experts) or not all(a.registered for a in attentions)
     order, routed = tuple(trace.order), frozenset(routed)
-    return BlockMap(tuple(groups), tuple(attentions), trace.readers, routed, tuple(idle), order, watched)
+    seen = [e for e in trace.ran if e.name not in routed]
+    feeds = {m.name: e.name for k, e in enumerate(seen) for m in seen[:k] if _elementwise(e.x, m.y)}
+    return BlockMap(tuple(groups), tuple(attentions), trace.readers, routed, tuple(idle), feeds, order, watched)

@@ -146,6 +146,9 @@ def round_parts(run: BlockRun, parts: dict[str, Part], read: BlockLosses) -> dic
     with phase("target"):
         targets = {name: _target(run, part, read.accumulated_errors.get(name)) for name, part in mine.items()}
     memory += sum(S.nbytes for S in {id(e.S): e.S for e in read.accumulated_errors.values()}.values())
+    coupled = {name: loss.G for name, loss in losses.items() if loss.G is not None and loss.heads == 1}
+    # a weight whose rows depend on each other is solved in one piece: beside a matrix like G, with some copies of it
+    memory += max((G.nbytes + 5 * targets[name].nbytes for name, G in coupled.items()), default=0)
     run.statistics_bytes = max(run.statistics_bytes, memory)
     read.losses.clear(), read.accumulated_errors.clear()  # their memory goes with the last part that needs it
     zetas = _find_zetas(run, targets, losses)

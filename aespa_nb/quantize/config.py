@@ -131,7 +131,7 @@ def bits_of(config: AespaConfig, name: str) -> int:
     return next((bits for part, bits in reversed(config.keep.items()) if part in name), config.bits)
 
 # %% ../../nbs/quantize/60_config.ipynb #1d8ca4cd
-_BEST = dict(objective="gauss-newton", solver="descent", starts=3, correction=0.8, damping=0.05)
+_BEST = dict(objective="gauss-newton", solver="descent", correction=0.8, damping=0.07)
 PRESETS = {
     "rtn": dict(objective="layer", grid="minmax", solver="rtn"),
     "awq": dict(method="awq"),
@@ -144,6 +144,7 @@ PRESETS = {
     "adaround": dict(objective="layer", solver="adaround"),
     "brecq": dict(method="brecq", iterations=300),
     "signround": dict(method="signround", iterations=200),
+    "aespa-paper": dict(objective="attention", solver="gptq+adaround", grid="hessian", zfold=True, iterations=2000),
     "aespa": dict(objective="attention", solver="gptq+adaround"),
     "best": _BEST,
     "max": dict(_BEST, end_loss=True, end_to_end=100),

@@ -52,12 +52,13 @@ class QuantReport:
     peak_bytes: int = 0  # memory above what was in use at the start, the model included there
     block_bytes: int = 0  # the largest block in `config.dtype`
     statistics_bytes: int = 0  # the pre-computed matrices of one block
+    logits_bytes: int = 0  # of the sequences that run together, where the predictions are looked at
     notes: list[str] = field(default_factory=list)  # what was left alone, or treated otherwise than the rest
 
     @property
     def budget_bytes(self) -> int:
-        "Three times the largest block plus its statistics: what `peak_bytes` should stay below."
-        return 3 * self.block_bytes + self.statistics_bytes
+        "Three times the largest block, its statistics, six times the logits: what `peak_bytes` should stay below."
+        return 3 * self.block_bytes + self.statistics_bytes + 6 * self.logits_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -77,7 +78,8 @@ class QuantReport:
 
     def to_json(self) -> str:
         "The report without tensors."
-        totals = ("seconds", "peak_bytes", "budget_bytes", "block_bytes", "statistics_bytes", "bits_per_weight")
+        sizes = (f"{name}_bytes" for name in ("peak", "budget", "block", "statistics", "logits"))
+        totals = ("seconds", *sizes, "bits_per_weight")
         return json.dumps(
             dict(config=config_fields(self.config))
             | {name: getattr(self, name) for name in totals}

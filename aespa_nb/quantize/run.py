@@ -146,6 +146,8 @@ def _read_predictions(run: "Run") -> None:
     "What `end_loss` and `end_to_end` have to know of the model before its first block is rounded."
     config, run.metrics = run.config, {}
     if config.end_to_end or config.end_loss:
+        shape = next(iter(run.inputs.values()))[: config.batch_size].shape[:2]
+        run.report.logits_bytes = 4 * shape.numel() * run.model.config.get_text_config().vocab_size
         with phase("forward"), working_on(run.model, run.device):
             if config.end_to_end:
                 run.predictions = Predictions(run.model, run.inputs, config.batch_size)

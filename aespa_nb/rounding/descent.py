@@ -68,16 +68,20 @@ def _least_scale(scale):
     return torch.finfo(scale.dtype).eps ** 0.5 * scale
 
 
-def _joint_minimum(A, b, scale):
-    "The `x` with the least `x A x - 2 b x`, if `scale + x` is positive; else a lower point than 0."
-    times = lambda x: (A @ x[..., None])[..., 0]
-    eps = torch.finfo(A.dtype).eps * A.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(A.dtype).tiny
-    L, info = torch.linalg.cholesky_ex(A + eps[:, None, None] * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device))
-    x = torch.cholesky_solve(b[..., None], L)[..., 0]
-    fall = 2 * (b * x).sum(-1) - (x * times(x)).sum(-1)
-    good = (info == 0) & (fall >= 0) & (x.isfinite() & (scale + x > _least_scale(scale))).all(-1)
+def _joint_minimum(matrix, b, scale):
+    "The `x` with the least `x A x - 2 b x`, `A = matrix()`, if `scale + x` is positive; else a lower point than 0."
+    A = matrix()  # may be the largest thing in memory: factorized in its own place, and made again where needed
+    diagonal, kind = A.diagonal(dim1=-2, dim2=-1), torch.finfo(A.dtype)
+    diagonal += kind.eps * diagonal.mean(-1, keepdim=True) + kind.tiny
+    L, info = torch.linalg.cholesky_ex(A.mT, out=(A.mT, torch.empty(len(A), dtype=torch.int32, device=A.device)))
+    half = torch.linalg.solve_triangular(L, b[..., None], upper=False)
+    x = torch.linalg.solve_triangular(L.mT, half, upper=True)[..., 0]
+    good = (info == 0) & ((b * x).sum(-1) >= 0) & (x.isfinite() & (scale + x > _least_scale(scale))).all(-1)
     if good.all():
         return x
+    del A, L, diagonal
+    A = matrix()
+    times = lambda x: (A @ x[..., None])[..., 0]
     safe, steep = torch.zeros_like(b), A.abs().sum(-1)
     for _ in range(20):
         trial = safe + torch.where(steep > 0, (b - times(safe)) / steep, 0).nan_to_num(0, 0, 0)
@@ -142,21 +146,21 @@ def _loss(p, s, P):
 # %% ../../nbs/rounding/16_descent.ipynb #bd6938d9
 def _refit(p, s, P):
     "New scales for the codes, one group of inputs after the other, and the slope there."
-    scale = s.scale.clone()
+    scale, moved = s.scale.clone(), torch.zeros_like(P)  # moved: the change of `E H` so far
+    weighed = lambda M: M if p.G is None else p.G @ M
     for g in range(scale.shape[-1]):
         cols = (p.group == g).nonzero()[:, 0] if scale.shape[-1] > 1 else slice(None)
         C, now = s.C[..., cols], scale[..., g]
         T = C @ p.H[:, cols]
-        b = -(P[..., cols] * C).sum(-1)
+        b = -((P[..., cols] + weighed(moved[..., cols])) * C).sum(-1)
         if p.G is None:
             x = (b / (T[..., cols] * C).sum(-1)).nan_to_num(0, 0, 0)
             x = torch.where(now + x > _least_scale(now), x, 0)
         else:
-            x = _joint_minimum(p.G * (T[..., cols] @ C.mT), b, now)
+            x = _joint_minimum(lambda T=T[..., cols], C=C: (T @ C.mT).mul_(p.G), b, now)
         scale[..., g] += x
-        change = x[..., None] * T
-        P = P + (change if p.G is None else p.G @ change)
-    return s._replace(scale=scale), P
+        moved += T.mul_(x[..., None])
+    return s._replace(scale=scale), P.add_(weighed(moved))
 
 # %% ../../nbs/rounding/16_descent.ipynb #3cd97cfd
 def _sweep(p, kernels, s, P):
@@ -216,14 +220,19 @@ def _chain_sweep(p, kernels, s, P):
     if p.G is None:
         kernels.chains(P, C, p.H, p.inv_h, s.scale, p.low, p.high, p.group, *limits)
         return C
-    for i in range(C.shape[1]):
-        row = slice(i, i + 1)
-        old, *bounds = (t[:, row].contiguous() for t in (C, s.scale, p.low, p.high))
-        inv, c = p.inv_g[:, row, None], old.clone()
-        kernels.chains(P[:, row] * inv, c, p.H, p.inv_h, *bounds, p.group, *limits)
-        c = torch.where(inv > 0, c, old)
-        P += p.G[:, :, row] * ((bounds[0][..., p.group] * (c - old)) @ p.H)
-        C[:, row] = c
+    for block in torch.arange(C.shape[1]).split(64):
+        rows, rest = slice(block[0], block[-1] + 1), slice(block[-1] + 1, None)
+        moved = torch.zeros_like(P[:, rows])  # the change of `E H`
+        for k, i in enumerate(block):
+            row = slice(i, i + 1)
+            old, *bounds = (t[:, row].contiguous() for t in (C, s.scale, p.low, p.high))
+            inv, c = p.inv_g[:, row, None], old.clone()
+            kernels.chains(P[:, row] * inv, c, p.H, p.inv_h, *bounds, p.group, *limits)
+            c = torch.where(inv > 0, c, old)
+            moved[:, k : k + 1] = (bounds[0][..., p.group] * (c - old)) @ p.H
+            P[:, rows] += p.G[:, rows, row] * moved[:, k : k + 1]
+            C[:, row] = c
+        P[:, rest] += p.G[:, rest, rows] @ moved
     return C
 
 # %% ../../nbs/rounding/16_descent.ipynb #be1f3ccc
@@ -324,5 +333,6 @@ def best_of_starts(
     best = final.argmin(0).reshape(1, *final.shape[1:], *[1] * (1 if G is None else 2))
     choose = lambda parts: torch.stack(parts).take_along_dim(best, 0)[0]
     scale, zero = choose([r.grid.scale for r in results]), choose([r.grid.zero for r in results])
-    codes = choose([r.codes for r in results])
+    codes = choose([r.codes.byte() for r in results])
+    del results
     return descend(W, Grid(starts[0][0].bits, scale, zero), H, G, codes, (0, chains), **options)

@@ -5,11 +5,13 @@ it has changed, dequantized, which is not. AutoRound needs no patch, nor do HQQ 
 """
 
 import json
+import os
 import random
 import resource
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -19,8 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def linears(model):
     "The linears of the blocks, with their names."
-    found = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
-    return [(n, m) for n, m in found if n != "lm_head"]
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
 
 
 def weights_of(model, weight):
@@ -63,10 +64,10 @@ def gptqmodel(model, tokenizer, tokens, job):
     options |= dict(bits=job.bits, group_size=job.group_size or -1, sym=False, offload_to_disk=False, device="cpu")
     model = GPTQModel.load(job.model, QuantizeConfig(format="gptq_v2", **options), dtype=torch.float32)
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
-    started = clock()  # it loads the model by itself, which is not part of the cost
+    job.began = clock()  # it loads the model by itself, which is not part of the cost
     model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
     packed = [(n, m) for n, m in model.model.named_modules() if hasattr(m, "dequantize_weight")]
-    return lambda: {f"{n}.weight": m.dequantize_weight().T for n, m in packed}, started
+    return lambda: {f"{n}.weight": m.dequantize_weight().T for n, m in packed}
 
 
 def hqq(model, tokenizer, tokens, job):
@@ -126,25 +127,22 @@ def torchao(model, tokenizer, tokens, job):
 
 def clock():
     "CPU seconds (user and system, with child processes) and wall seconds."
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in usages), time.perf_counter()
+    return sum(os.times()[:4]), time.perf_counter()
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1]) as f:
-        job = SimpleNamespace(**json.load(f))
+    place = Path(sys.argv[1])  # what is in this folder: see `quantize` in run.py
+    job = SimpleNamespace(**json.loads((place / "job").read_text()))
     random.seed(job.seed)
     torch.manual_seed(job.seed)
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
-    began = clock()
-    dense = globals()[job.peer.replace("-", "_")](model, tokenizer, load_file(job.tokens)["tokens"].long(), job)
-    ended = clock()
-    dense, began = dense if isinstance(dense, tuple) else (dense, began)
+    job.began = clock()
+    dense = globals()[job.peer.replace("-", "_")](model, tokenizer, load_file(place / "tokens")["tokens"].long(), job)
+    cpu, wall = (now - then for now, then in zip(clock(), job.began))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with torch.no_grad():
-        save_file({n: W.detach().float().cpu().contiguous() for n, W in dense().items()}, job.out)
-    cost = dict(cpu_seconds=ended[0] - began[0], wall_seconds=ended[1] - began[1], peak_MiB=peak)
-    with open(job.result, "w") as f:
-        json.dump(cost | {"versions": {name: version(name) for name in job.packages}}, f)
+        save_file({n: W.detach().float().cpu().contiguous() for n, W in dense().items()}, place / "safetensors")
+    result = dict(cpu_seconds=cpu, wall_seconds=wall, peak_MiB=peak, versions={p: version(p) for p in job.packages})
+    (place / "result").write_text(json.dumps(result))

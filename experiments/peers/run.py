@@ -32,11 +32,12 @@ os.environ.update(TORCHINDUCTOR_CACHE_DIR=str(BUILD / "cache"))
 sys.path += [str(ROOT / "experiments"), str(ROOT / "tools")]
 
 import install  # noqa: E402
-import torch  # noqa: E402
-from aespa_nb import calibration_windows, evaluate_model, evaluation_windows, load_model, load_reference  # noqa: E402
-from aespa_nb.data.fetch import MODELS, need_fetched  # noqa: E402
-from aespa_nb.model.blocks import linears_of, stacks_of  # noqa: E402
-from common import resume, stamp  # noqa: E402
+from aespa_nb import evaluate_model, load_reference  # noqa: E402
+from aespa_nb.data.fetch import need_fetched  # noqa: E402
+from aespa_nb.experiments.comparison import drawing  # noqa: E402
+from aespa_nb.model.blocks import blocks_of, linears_of  # noqa: E402
+from aespa_nb.quantize.journal import write_json  # noqa: E402
+from common import SAMPLES, WINDOWS, resume, stamp, windows_of  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from smollm2 import TEXT  # noqa: E402
 
@@ -63,37 +64,31 @@ def environment(peer):
 
 def texts(args):
     "The model, the calibration sequences that aespa_nb draws with the same seed, and the held-out windows."
-    if args.model in MODELS:
-        model, tokenizer = load_model(args.model, torch.float32)
-        source, samples, seqlen, windows = TEXT
-        calib = calibration_windows(source, tokenizer, samples, seqlen, args.seed).tokens
-        return model, calib, evaluation_windows(source, tokenizer, seqlen, windows).tokens
+    if args.model == "smollm2":
+        return windows_of(args.model, *TEXT, args.seed)
     full = load_reference(folder=args.folder)
-    order = torch.randperm(len(full.calib), generator=torch.Generator().manual_seed(args.seed))
-    return full.model, full.calib[order[: args.samples]], full.heldout[: args.eval_samples]
+    return full._replace(calib=drawing(full.calib, args.samples)(args.seed), heldout=full.heldout[: args.eval_samples])
 
 
 def quantize(args, calib):
     "Runs the adapter in the peer's environment; the weights that it has changed, and what it reports."
     name = f"{args.model or 'reference'}-{args.peer}-{args.recipe}-{args.bits}b-g{args.group_size or 0}-s{args.seed}"
     place = BUILD / "out" / name
-    tokens, out, result, log, job = (place.with_suffix(f".{x}") for x in "tokens safetensors result log job".split())
-    place.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"tokens": calib.contiguous()}, tokens)
-    what = dict(peer=args.peer, bits=args.bits, group_size=args.group_size, seed=args.seed, model=str(args.folder))
-    what |= dict(tokens=str(tokens), out=str(out), result=str(result), settings=RECIPES[args.peer][args.recipe])
-    job.write_text(json.dumps(what | dict(packages=re.findall(r"^([\w-]+)==", requirements(args.peer), flags=re.M))))
-    with open(log, "w") as file:
-        words = [environment(args.peer), HERE / "adapters.py", job]
-        if subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, cwd=BUILD).returncode:
-            sys.exit(f"{args.peer} failed; the end of {log}:\n" + log.read_text()[-3000:])
-    return load_file(out), json.loads(result.read_text())
+    place.mkdir(parents=True, exist_ok=True)
+    save_file({"tokens": calib.contiguous()}, place / "tokens")
+    packages = re.findall(r"^([\w-]+)==", requirements(args.peer), flags=re.M)
+    job = dict(peer=args.peer, bits=args.bits, group_size=args.group_size, seed=args.seed, model=str(args.folder))
+    write_json(place / "job", job | dict(settings=RECIPES[args.peer][args.recipe], packages=packages))
+    with open(place / "log", "w") as log:
+        words = [environment(args.peer), HERE / "adapters.py", place]
+        if subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, cwd=BUILD).returncode:
+            sys.exit(f"{args.peer} failed; the end of {place}/log:\n" + (place / "log").read_text()[-3000:])
+    return load_file(place / "safetensors"), json.loads((place / "result").read_text())
 
 
 def check(weights, model, bits, group_size):
     "Exactly the linears of the blocks are rounded, each to at most 2**bits levels in a row's group."
-    blocks = [(f"{path}.{i}", block) for path in stacks_of(model) for i, block in enumerate(model.get_submodule(path))]
-    rounded = {f"{path}.{name}.weight" for path, block in blocks for name in linears_of(block)}
+    rounded = {f"{path}.{name}.weight" for path, block in blocks_of(model).items() for name in linears_of(block)}
     odd = [name for name in weights if name not in rounded and not (name in model.state_dict() and "norm" in name)]
     if odd or not rounded <= set(weights):
         sys.exit(f"not rounded: {sorted(rounded - set(weights))}; should not have changed: {odd}")
@@ -111,27 +106,25 @@ if __name__ == "__main__":
     parser.add_argument("--recipe", default="default", help="named settings in recipes.json (default: default)")
     parser.add_argument("--bits", type=int, default=2, help="bits per weight (default: 2)")
     parser.add_argument("--group-size", type=int, help="inputs that share a scale (default: the whole row)")
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default: 0)")
-    parser.add_argument("--eval-samples", type=int, default=128, help="held-out windows to score on (default: 128)")
-    told = f"{', '.join(MODELS)} (on the text of smollm2.py), or a folder that train_reference.py made"
+    told = "smollm2 (on the text of smollm2.py), or a folder that train_reference.py made"
     parser.add_argument("--model", help=f"{told} (default: the bundled model)")
     args = parser.parse_args()
     if args.recipe not in RECIPES[args.peer]:
         parser.error(f"{args.peer} has the recipes {', '.join(RECIPES[args.peer])}")
-    if args.model in MODELS:
+    if args.model == "smollm2":
         args.folder, (_, args.samples, _, args.eval_samples) = need_fetched(args.model), TEXT
     else:
-        args.folder = Path(args.model or REFERENCE).resolve()
+        args.folder, args.samples, args.eval_samples = Path(args.model or REFERENCE).resolve(), SAMPLES, WINDOWS
         args.model = args.folder.parent.name if args.model else None
 
     def run(job):
-        full, calib, heldout = texts(args)
-        weights, report = quantize(args, calib)
-        model = copy.deepcopy(full)
+        full = texts(args)
+        weights, report = quantize(args, full.calib)
+        model = copy.deepcopy(full.model)
         check(weights, model, args.bits, args.group_size)
         model.load_state_dict(weights, strict=False)
-        scores = evaluate_model(model, heldout, full)._asdict()
+        scores = evaluate_model(model, full.heldout, full.model)._asdict()
         settings, machine = RECIPES[args.peer][args.recipe], [platform.processor(), platform.system()]
         return dict(settings=settings, **scores, **report, machine=machine, made=stamp(dict(settings, **job)))
 

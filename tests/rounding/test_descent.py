@@ -237,3 +237,11 @@ def test_triton_kernels_in_the_interpreter():
     "In a process of its own: the interpreter must be chosen before Triton is imported."
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     subprocess.run([sys.executable, "-c", TRITON], env=env, check=True)
+
+
+def test_coupled_rows_are_solved_alike_alone_and_beside_others():
+    W, H, G = draw(0, 1, 100, 12), gram(1, 12, 40, 1.0), gram(2, 100, 300)[None]  # more rows than one block has
+    solve = lambda n: descend(W.repeat(n, 1, 1), minmax_grid(W.repeat(n, 1, 1), 2), H, G.repeat(n, 1, 1))
+    alone, both = solve(1), solve(2)
+    assert torch.equal(both.codes, alone.codes.repeat(2, 1, 1))
+    assert_close(alone.losses[-1], loss_of(W, alone, H, G))
