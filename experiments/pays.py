@@ -1,7 +1,7 @@
 """When do attention-aware losses pay? Hours on one core for SmolLM2, to nbs/runs/pays.json and nbs/runs/attention.json.
 
 Only query, key and value projections are rounded, together or one kind alone, to 2 bits in groups of 64, by the same
-greedy descent under three losses. And what differs between the models: how concentrated attention is, block by block
+greedy descent under three losses; and only gate and up projections, whose loss the paper leaves layer-wise. And what differs between the models: how concentrated attention is, block by block
 (`pays.py attention`: this alone).
 `aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first (make smollm2). gemma3 is google/gemma-3-270m, which the
 hub gives to those who accept its terms: save model and tokenizer in ~/.cache/aespa_nb/gemma3. (The record's was read
@@ -32,6 +32,8 @@ RUNS = [  # model, what is rounded (of all blocks, or of the first or last 12), 
     *((model, "qkv", seed) for model in ("reference", "smollm2") for seed in (0, 1, 2)),
     *(("smollm2", part, 0) for part in ("qkv first", "qkv last")),
     *(("reference", part, 0) for part in "qkv"),
+    *(("reference", "gu", seed) for seed in (0, 1, 2)),
+    ("smollm2", "gu", 0),
     *(("gemma3", part, 0) for part in ("qkv", "q", "k", "v")),
 ]
 
@@ -121,4 +123,5 @@ if __name__ == "__main__":
     resume("attention", [dict(model=name) for name in TEXTS], look)
     for name, part, seed in RUNS if sys.argv[1:] != ["attention"] else ():
         objectives = (*OBJECTIVES, "two means") if (name, part) == ("gemma3", "k") else OBJECTIVES
+        objectives = ("layer", "gauss-newton") if part == "gu" else objectives
         resume("pays", [dict(model=name, part=part, objective=o, seed=seed) for o in objectives], round_some)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,7 +13,7 @@ from aespa_nb import load_model, load_reference, read_quantized
 from aespa_nb.cli import main
 from aespa_nb.errors import AespaError
 from aespa_nb.export.formats import FORMATS
-from aespa_nb.options import PRESETS_TEXT, Form, Recipe, Source, Text
+from aespa_nb.options import PRESETS_TEXT, PRICES, Form, Recipe, Source, Text
 from aespa_nb.quantize.config import PRESETS
 from aespa_nb.quantize.journal import check_free, complete_folder
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -221,6 +222,10 @@ def test_help_and_imports_are_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[0, 0, 2] []" and all(name in done.stdout for name in COMMANDS)
     assert set(re.findall(r"[a-z0-9-]+", PRESETS_TEXT)) >= PRESETS.keys() and get_args(Form) == tuple(FORMATS)
+    runs = Path(__file__).parents[1] / "nbs/runs/compare-reference/runs"
+    for name, *price in re.findall(r"(\w+) (\d+) s and (\d+) MiB", PRICES):
+        run = json.loads((runs / f"{name}-2b-row-s0.json").read_text())
+        assert [round(run["cpu_seconds"]), round(run["peak_MiB"])] == list(map(int, price))
 
 
 def test_commands_are_functions(local, tmp_path):

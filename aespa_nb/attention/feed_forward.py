@@ -16,9 +16,11 @@ from ..errors import AespaError
 def slopes(
     a: Float[Tensor, "*tokens hidden"],  # in the graph of `y`
     y: Float[Tensor, "*tokens out"],
-) -> Float[Tensor, "*tokens out"]:
+) -> Float[Tensor, "*tokens out"] | None:  # None: `a` does not depend on `y`, as far as the graph says
     "Derivative of the entries of `a` by those of `y` in their places, if they depend on no others."
-    return torch.autograd.grad(a, y, torch.ones_like(a), retain_graph=True)[0]
+    if not a.requires_grad:
+        return None
+    return torch.autograd.grad(a, y, torch.ones_like(a), retain_graph=True, allow_unused=True)[0]
 
 
 def feed_forward_metric(

@@ -243,10 +243,14 @@ class FeedForwardCollector:
     def add(self, batch: Batch) -> None:
         "Called when `reader` has read its input."
         with phase("hessians"):
-            self.gram.add(slopes(batch.inputs[self.reader].mT, batch.outputs[self.linear]).mT)
+            D = slopes(batch.inputs[self.reader].mT, batch.outputs[self.linear])
+            if D is not None:  # attention may have ended the graph in between
+                self.gram.add(D.mT)
 
     def losses(self, layer_wise: dict[str, KroneckerLoss]) -> dict[str, KroneckerLoss]:
-        "The loss of the linear, from its layer-wise one; afterwards nothing can be added."
+        "The loss of the linear, from its layer-wise one; none without slopes. Afterwards nothing can be added."
+        if not self.gram.tokens:
+            return {}
         moment = self.gram.mean(copy=False)
         G = feed_forward_metric(self.behind.to(moment), moment)
         return {self.linear: KroneckerLoss(layer_wise[self.linear].H, G[None])}

@@ -42,6 +42,8 @@ def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], conf
     "Raises an `AespaError` if the run would fail or make no sense."
     if getattr(model, "hf_quantizer", None) is not None:
         raise AespaError("the model is quantized already: start from its full-precision weights")
+    if any(p.is_inference() for p in model.parameters()):
+        raise AespaError("the model was made in torch.inference_mode(), its weights can't be replaced: load it outside")
     blocks = blocks_of(model)
     if not isinstance(tokens, dict):
         check_tokens(tokens, model)
@@ -213,6 +215,8 @@ class Run:
         if team.first(lambda: heads) != heads:
             raise AespaError(f"process {team.rank} has other weights than the first: give all of them the same files")
         with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))  # derivatives are asked for
+            stack.enter_context(torch.no_grad())
             if self.folder is not None:
                 header = run_header(model, self.inputs, config)
                 self.journal = stack.enter_context(open_journal(self.folder, header))

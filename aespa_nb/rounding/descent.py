@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import AespaError, NumericalError
 from ..notation import Hessian, Weight
 from .grid import Grid
+from .hessian import one_thread
 from .moves import COMPILED, Kernels, pick_backend
 
 # %% ../../nbs/rounding/16_descent.ipynb #3385dabd
@@ -72,10 +73,11 @@ def _joint_minimum(matrix, b, scale):
     "The `x` with the least `x A x - 2 b x`, `A = matrix()`, if `scale + x` is positive; else a lower point than 0."
     A = matrix()  # may be the largest thing in memory: factorized in its own place, and made again where needed
     diagonal, kind = A.diagonal(dim1=-2, dim2=-1), torch.finfo(A.dtype)
-    diagonal += kind.eps * diagonal.mean(-1, keepdim=True) + kind.tiny
-    L, info = torch.linalg.cholesky_ex(A.mT, out=(A.mT, torch.empty(len(A), dtype=torch.int32, device=A.device)))
-    half = torch.linalg.solve_triangular(L, b[..., None], upper=False)
-    x = torch.linalg.solve_triangular(L.mT, half, upper=True)[..., 0]
+    with one_thread():  # the same bits on any number of threads
+        diagonal += kind.eps * diagonal.mean(-1, keepdim=True) + kind.tiny
+        L, info = torch.linalg.cholesky_ex(A.mT, out=(A.mT, torch.empty(len(A), dtype=torch.int32, device=A.device)))
+        half = torch.linalg.solve_triangular(L, b[..., None], upper=False)
+        x = torch.linalg.solve_triangular(L.mT, half, upper=True)[..., 0]
     good = (info == 0) & ((b * x).sum(-1) >= 0) & (x.isfinite() & (scale + x > _least_scale(scale))).all(-1)
     if good.all():
         return x

@@ -26,7 +26,7 @@ def test_codes_do_not_depend_on_the_number_of_threads(preset, threads):
     reference = load_reference()
     model = copy.deepcopy(reference.model)
     del model.model.layers[1:]
-    changes = dict(iterations=2, tuning=2 * (preset == "best"), keep={"gate_proj": 16, "up_proj": 16})
+    changes = dict(iterations=2, tuning=2 * (preset == "best"), keep={"gate_proj": 16, "down_proj": 16})
     report = quantize_model(model, reference.calib[:2], AespaConfig.preset(preset, 2, **changes))
     codes = torch.cat([r.codes.flatten() for r in report.layers.values()])
     steps = torch.cat([r.grid.scale.flatten() for r in report.layers.values()])
