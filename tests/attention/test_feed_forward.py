@@ -5,8 +5,6 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Phi3Config
 
-from aespa_nb.attention.feed_forward import feed_forward_metric
-from aespa_nb.errors import AespaError
 from aespa_nb.model.statistics import block_losses, survey
 from model.test_statistics import TOKENS, first_block
 from models import MODELS, SMALL
@@ -33,11 +31,3 @@ def test_second_moment_of_the_jacobian(kind, name, monkeypatch):
             y, out = ys
             rows = [torch.autograd.grad(o.sum(), y, retain_graph=True)[0].flatten(0, -2) for o in out.unbind(-1)]
         assert_close(loss.G, (sum(J.T @ J for J in rows) / TOKENS[:2].numel())[None])
-
-
-def test_experts_and_what_does_not_fit():
-    with first_block("moe") as (model, block, stream):
-        losses = block_losses(model, block, stream, "gauss-newton", torch.float64).losses
-        assert all(loss.G is None for name, loss in losses.items() if "experts" in name)
-    with pytest.raises(AespaError, match="do not fit"):
-        feed_forward_metric(torch.ones(2, 4), torch.ones(6, 6))
