@@ -59,15 +59,15 @@ def test_the_model_is_what_it_was():
     assert all(torch.allclose(G, again[n], rtol=1e-3, atol=1e-6 * float(G.max())) for n, G in metrics.items())
 
 
-@pytest.mark.parametrize("objective", ["attention", "gauss-newton"])
-def test_linears_with_a_loss_of_attentions_own_keep_it(objective):
+@pytest.mark.parametrize("objective, more", [("attention", {"gate_proj", "up_proj"}), ("gauss-newton", set())])
+def test_linears_with_a_loss_of_their_own_keep_it(objective, more):
     codes = []
     for end_loss in (False, True):
         model = loud()
         config = AespaConfig(bits=2, objective=objective, solver="descent", end_loss=end_loss)
         codes.append({n: r.codes for n, r in quantize_model(model, TOKENS, config).layers.items() if ".0." in n})
     moved = {n.split(".")[-1] for n in codes[0] if not torch.equal(codes[0][n], codes[1][n])}
-    assert moved == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert moved == {"o_proj", "down_proj"} | more
 
 
 def test_encoders_conv1d_and_outputs_changed_in_place_have_metrics():
