@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from aespa_nb import AespaConfig
 from aespa_nb.rounding.gptq import column_prices, fit_compensated, gptq
 from aespa_nb.rounding.grid_search import fit_grid, fit_weighted
 from aespa_nb.rounding.hessian import damp, quadratic_loss
@@ -56,9 +55,3 @@ def test_heads_are_problems_of_their_own():
     both = fit_compensated(torch.stack([W0, W1]), torch.stack([H0, H1]), 2, 8)
     for i, (W, H) in enumerate(((W0, H0), (W1, H1))):
         torch.testing.assert_close(both.scale[i], fit_compensated(W, H, 2, 8).scale)
-
-
-def test_presets_that_begin_with_gptq_use_it():
-    presets = "gptq gptaq zfold adaround aespa best max turboboa".split()
-    grids = {name: AespaConfig.preset(name).grid for name in presets}
-    assert grids.pop("turboboa") == "hessian" and set(grids.values()) == {"compensated"}
