@@ -88,7 +88,7 @@ def solve_gptq_adaround(U, grid, loss, config):
 
 
 def solve_descent(U, grid, loss, config):
-    "Greedy coordinate descent from GPTQ's codes on several grids; scales are refitted, each row keeps its best."
+    "Greedy coordinate descent from GPTQ's codes on `starts` grids; scales are refitted, each row keeps its best."
     grids = vary_grid(grid, shifts=() if config.symmetric else (1, -1))[: config.starts]
     with phase("gptq"):
         starts = [(g, gptq(U, loss.H, g).codes.byte()) for g in grids]
