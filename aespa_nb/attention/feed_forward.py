@@ -33,8 +33,5 @@ def feed_forward_metric(
     out, hidden = len(moment), W_down.shape[1]
     if out % hidden:
         raise AespaError(f"{out} slopes do not fit a matrix that reads {hidden} entries")
-    metric = W_down.T @ W_down
-    for rows in moment.split(hidden):
-        for part in rows.split(hidden, 1):
-            part.mul_(metric)
+    moment.view(-1, hidden, out // hidden, hidden).mul_((W_down.T @ W_down)[:, None])
     return moment
