@@ -122,7 +122,8 @@ def quantize(
             bit_allocation.check_budget(auto_bits)
             recipe = replace(recipe, bits=round(auto_bits))
         config = recipe.config()
-        check_format(form, recipe.bits)
+        if auto_bits is None:
+            check_format(form, recipe.bits)
         model, tokenizer = source.load()
         calib, heldout, said = text.read(model, tokenizer, recipe.seed)
         run = results.how_it_ran(options, told(said), [config])
@@ -200,10 +201,12 @@ def evaluate(
     from aespa_nb.data.scores import evaluate_model
     from aespa_nb.data.tasks import run_tasks
     from aespa_nb.data.text import evaluation_windows
+    from aespa_nb.model.memory import working_on
 
     model, tokenizer = source.load()
     if tasks.tasks:
-        print(run_tasks(model, tokenizer, tasks.tasks, tasks.limit, tasks.shots))
+        with working_on(model, device) if device else contextlib.nullcontext():
+            print(run_tasks(model, tokenizer, tasks.tasks, tasks.limit, tasks.shots))
         if not (passage.data or reference):
             return
     other = replace(source, model=reference).load()[0] if reference else None
@@ -377,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         with group.make_context("aespa_nb", spelled_out(words, group)) as context:
-            if size > 1 and words[0] in group.commands and words[0] != "quantize":
+            if size > 1 and words[:1] != ["quantize"] and words[:1] and words[0] in group.commands:
                 context.fail(f"{words[0]} runs in one process: start it without torchrun.")
             group.invoke(context)
     except typer.Exit as e:

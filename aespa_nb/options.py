@@ -197,7 +197,7 @@ Bos = option(bool | None, "Text", BOS, "--bos/--no-bos", show_default="as the to
 
 def window_length(asked: int | None, model, tokenizer, *sources: str) -> int:
     "Tokens in a window. Raises `AespaError` if the model or its tokenizer cannot take the sources."
-    longest = getattr(model.config, "max_position_embeddings", 2048)
+    longest = getattr(model.config, "max_position_embeddings", None) or 2048
     seqlen = asked or min(longest, 2048)
     if seqlen > longest:
         raise AespaError(f"--seqlen {seqlen} exceeds the model's {longest} tokens")

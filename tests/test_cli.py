@@ -100,6 +100,7 @@ WRONG = {
     "quantize reference --device meta": "--device meta can't be used here",
     "quantize reference --device cuda:77": "--device cuda:77 can't be used here",
     "compare reference --bits 2 12 --presets rtn": "not 12",
+    "compare reference --bits 2 --presets rtn --samples 2000": "only 1024",
     "compare reference --sampels 8": "No such option: --sampels",
     "eval reference --samples 8": "see aespa_nb eval --help",
     "nonsense": "No such command 'nonsense'",

@@ -97,11 +97,11 @@ class Reader:
     def __init__(self, task: BlockTask, name: str, sequences: int):
         self.module, self.name, self.calls = task.block.get_submodule(name), name, []
         hook = lambda module, args, kwargs, out: self.calls.append((args, kwargs, first_output(out)))
-        handle = self.module.register_forward_hook(hook, with_kwargs=True)
-        with contextlib.closing(task.stream.steps(task.block)) as steps:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.module.register_forward_hook(hook, with_kwargs=True).remove)
+            steps = stack.enter_context(contextlib.closing(task.stream.steps(task.block)))
             for _ in itertools.islice(steps, -(-sequences // task.stream.batch_size)):
                 pass
-        handle.remove()
 
     def error(self, weights: dict[str, Tensor]) -> float:
         "The squared error of the output with these weights, named as in the block."

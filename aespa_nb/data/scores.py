@@ -77,7 +77,8 @@ def _sums(models, batch, new) -> Tensor:
         q, *others = (x.float().log_softmax(-1) for x in logits)
         total[0] -= q.gather(-1, token[:, None])[s].double().sum().cpu()
         for p in others:
-            total[1] += (p.exp() * (p - q)).sum(-1)[n].double().sum().cpu()
+            apart = (p - q).where(p > -torch.inf, 0)  # a masked token costs nothing
+            total[1] += (p.exp() * apart).sum(-1)[n].double().sum().cpu()
             total[2] += (p.argmax(-1) == q.argmax(-1))[n].sum().cpu()
     return total
 

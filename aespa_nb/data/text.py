@@ -289,7 +289,7 @@ def calibration_windows(
     seed: int = 0,
     bos: bool | None = None,  # begin each window with BOS; None: where the tokenizer begins a text with it
 ) -> Windows:
-    "Seeded random windows of the calibration split; those of `reference` are taken as they are."
+    "Seeded random windows of the calibration split; `reference` has ids that are taken as they are."
     ids, begin, place, split = _run_of_tokens(source, tokenizer, False, bos)
     tokens = _begin(random_windows(ids, samples, seqlen - len(begin), seed), begin)
     order = f"random windows{' behind BOS' if begin else ''}, seed {seed}"
@@ -304,7 +304,7 @@ def evaluation_windows(
     stride: int | None = None,  # new tokens from window to window; None: all, so that they do not overlap
     bos: bool | None = None,  # begin each window with BOS; None: where the tokenizer begins a text with it
 ) -> Windows:
-    "Consecutive windows of the evaluation split; those of `reference` are taken as they are."
+    "Consecutive windows of the evaluation split; `reference` has ids that are taken as they are."
     ids, begin, place, split = _run_of_tokens(source, tokenizer, True, bos)
     stride = None if stride == seqlen else stride
     tokens = _begin(consecutive_windows(ids, seqlen - len(begin), stride)[:samples], begin)
@@ -348,7 +348,7 @@ def check_tokens(
         raise AespaError("tokens must be a tensor [seq tok] with at least one sequence; see calibration_windows")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise AespaError(f"tokens must be int64 token ids, not {tokens.dtype}")
-    vocabulary = model.config.vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise AespaError(f"token ids must lie in 0..{vocabulary - 1}: is this the model's own tokenizer?")
     longest = getattr(model.config, "max_position_embeddings", None)

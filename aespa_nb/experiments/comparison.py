@@ -119,7 +119,9 @@ def compare(
 
 # %% ../../nbs/experiments/80_comparison.ipynb #c30draw
 def drawing(calib: Int[Tensor, "seq tok"], samples: int) -> Callable[[int], Int[Tensor, "seq tok"]]:
-    "Draws `samples` of the sequences with a seed, as `AespaConfig.samples` does."
+    "Draws `samples` of the sequences with a seed, as `AespaConfig.samples` does. Raises `AespaError` beyond them."
+    if samples > len(calib):
+        raise AespaError(f"--samples {samples}, but there are only {len(calib)} sequences")
     order = lambda seed: torch.randperm(len(calib), generator=torch.Generator().manual_seed(seed))
     return lambda seed: calib[order(seed)[:samples]]
 

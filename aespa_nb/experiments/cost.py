@@ -84,6 +84,7 @@ def one_of_each(model: PreTrainedModel) -> Iterator[float]:
     some = [[*{kind(block): block for block in reversed(blocks)}.values()][::-1] for blocks in whole]
     size = lambda groups: sum(p.numel() for blocks in groups for block in blocks for p in block.parameters())
     tensors = [t for blocks in some for block in blocks for t in (*block.parameters(), *block.buffers())]
+    tensors += [t for t in model.parameters() if t.ndim == 1 and all(t is not other for other in tensors)]
     kept = [t.data if in_file(t) else t.data.clone() for t in tensors]  # what lies in a file is not written to
     fill = lambda stack, blocks: (stack.__delitem__(slice(None)), stack.extend(blocks))
     try:
@@ -139,6 +140,7 @@ class Estimate:
         out = next(p for p in (start, *start.parents) if p.exists())
         both = self.out_bytes + self.temporary_bytes if out.stat().st_dev == temporary.stat().st_dev else 0
         disk, beside = (shutil.disk_usage(folder).free for folder in (out, temporary))
+        torch.cuda.empty_cache()  # what the trial run has left; nothing happens without a GPU
         on_gpu = torch.cuda.mem_get_info()[0] if self.device_bytes else 0
         free = psutil.virtual_memory().available + resident().private
         less = "a preset with fewer statistics (gptq, then rtn) or a shorter --seqlen; fewer samples don't help"
@@ -220,7 +222,7 @@ def estimate_run(
         peaks.append(highest[0] + records)
 
     whole, item = sum(p.numel() for p in model.parameters()), (dtype or model.dtype).itemsize
-    result = (whole - rounded) * item + rounded * report.bits_per_weight / 8 if packed else whole * item
+    result = (whole - rounded * packed) * item + rounded * report.bits_per_weight / 8  # codes in any case
     stacks = [model.get_submodule(path) for path in stacks_of(model)]
     more = bool(config.correction or config.tuning or config.method != "layers") + bool(config.end_to_end)
     width = model.config.get_text_config().hidden_size

@@ -243,7 +243,7 @@ def _read(folder: Path) -> Quantized:
 # %% ../../nbs/export/73_checkpoint.ipynb #c15rea2
 def read_quantized(folder: str | os.PathLike) -> Quantized:
     "Reads a folder that `export_model` wrote. Raises `AespaError` if it is none, or damaged."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         return _read(folder)
     except AespaError:

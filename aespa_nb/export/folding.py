@@ -24,7 +24,7 @@ def snap_model(
     dtype: torch.dtype,  # of a checkpoint
 ) -> float:  # the largest relative change of a scale
     """Rounds every parameter and scale to a number that `dtype` has, in place; the codes stay. Raises `AespaError`, and
-    changes nothing, if a scale is too large."""
+    changes nothing, if one is too large."""
     least, snapped, change = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, {}, 0.0
     for name, r in report.layers.items():
         scale = r.grid.scale.clamp(min=least).to(dtype).to(r.grid.scale.dtype)
@@ -32,6 +32,11 @@ def snap_model(
             raise AespaError(f"a scale of {name} is beyond {dtype}: export as float32")
         change = max(change, float((scale / r.grid.scale - 1).abs().max()))
         snapped[name] = r.on(replace(r.grid, scale=scale))
+    most = torch.finfo(dtype).max
+    for name, p in model.named_parameters():
+        r = snapped.get(name.removesuffix(".weight"))
+        if (p if r is None else r.weight()).abs().max() > most:
+            raise AespaError(f"{name} has a value beyond {dtype}: export as float32")
     for name, p in model.named_parameters():
         if name.removesuffix(".weight") not in snapped:
             p.copy_(p.to(dtype))

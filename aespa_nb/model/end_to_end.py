@@ -61,7 +61,8 @@ class Predictions:
         kept = self.hidden[seqs].to(model.device)
         with _reading(model.get_output_embeddings(), lambda x: torch.cat([x, kept.to(x.dtype)])):
             rounded, full = run_model(model, self.inputs, seqs).logits.float().log_softmax(-1).chunk(2)
-        return (full.exp() * (full - rounded)).sum(-1)[counted_positions(self.inputs, seqs, full)].mean()
+        apart = (full - rounded).where(full > -torch.inf, 0)  # a masked token costs nothing
+        return (full.exp() * apart).sum(-1)[counted_positions(self.inputs, seqs, full)].mean()
 
 
 def counted_positions(inputs: dict[str, Tensor], seqs: Tensor, logits: Tensor) -> Tensor:

@@ -128,19 +128,17 @@ def trim_memory() -> None:
 @contextlib.contextmanager
 def working_on(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> Iterator[None]:
     "`module` on `device`, floating numbers in `dtype` if one is given, then back as it was; mapped weights in files."
-    tensors = [*module.parameters(), *module.buffers()]
-
-    def enter(t: Tensor) -> tuple[torch.device, torch.dtype, bool]:
-        old, mapped = t.data, in_file(t)
-        t.data = old.to(device, dtype if dtype and t.is_floating_point() else old.dtype, copy=mapped)
-        if mapped:
-            drop_pages(old)
-        return old.device, old.dtype, mapped
-
-    homes = [enter(t) for t in tensors]
+    moved = []  # tensors and where they came from: those that moved go back if the next one finds no room
     try:
+        for t in (*module.parameters(), *module.buffers()):
+            old, mapped = t.data, in_file(t)
+            t.data = old.to(device, dtype if dtype and t.is_floating_point() else old.dtype, copy=mapped)
+            if mapped:
+                drop_pages(old)
+            moved.append((t, old.device, old.dtype, mapped))
+            del old
         yield
     finally:
-        for t, (home, kind, mapped) in zip(tensors, homes):
+        for t, home, kind, mapped in moved:
             t.data = to_file(t.data.to(home, kind)) if mapped else t.data.to(home, kind)
         trim_memory()

@@ -95,9 +95,10 @@ def parts_of(block: nn.Module, found: BlockMap) -> dict[str, Part]:
         for _, _, rows in mine:
             rest[rows] = False
         alone = len(mine) == 1 and not rest.any()
+        calls = len({call for call, _, _ in mine})
         for call, role, rows in mine:
-            whole = torch.equal(rows, torch.arange(len(rest)))
-            parts[name if alone else f"{name}[{role}]"] = Part(name, None if whole else rows, call, role)
+            whole, call_role = torch.equal(rows, torch.arange(len(rest))), f"{role}{call}" if calls > 1 else role
+            parts[name if alone else f"{name}[{call_role}]"] = Part(name, None if whole else rows, call, role)
         if not mine:
             parts[name] = Part(name)
         elif rest.any():

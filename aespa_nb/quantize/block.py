@@ -102,11 +102,12 @@ def _find_zetas(run: BlockRun, targets: dict[str, Tensor], losses: dict[str, Kro
     zetas, config = {}, run.config
     for _, names in zeta_groups(run.model) if config.zfold else ():
         if names := [n for n in names if n in losses]:
+            bits = max(run.bits(n) for n in names)
             Ws = [losses[n].split(targets[n]) for n in names]
             Hs = [losses[n].H / losses[n].H.diagonal(dim1=-2, dim2=-1).mean() for n in names]
             try:
                 with phase("grid"):
-                    zeta, _ = zfold(Ws, Hs, config.bits, config.group_size, config.symmetric, rounds=2, n_clip=12)
+                    zeta, _ = zfold(Ws, Hs, bits, config.group_size, config.symmetric, rounds=2, n_clip=12)
                 zetas |= dict.fromkeys(names, zeta)
             except (NumericalError, torch.linalg.LinAlgError) as e:
                 run.notes.append(f"{', '.join(names)}: no zeta ({str(e).partition(':')[0]})")

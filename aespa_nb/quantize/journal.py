@@ -174,7 +174,7 @@ def open_journal(
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             stored = json.loads(path.read_bytes())
             before = Journal(folder, dict(stored["header"])) if dict(stored["versions"]) else None
-        if before and stored["key"] == before.key:
+        if before and stored.get("key") == before.key:
             check_same_run(folder, before.header, journal.header)
             lines = differences(stored["versions"], made_by)
             journal.notes += [f"resumed with other versions: {line}" for line in lines]

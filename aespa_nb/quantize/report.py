@@ -62,10 +62,15 @@ class QuantReport:
 
     @property
     def bits_per_weight(self) -> float:
-        "Of the rounded linears: codes, 16-bit scales, zero-points as wide as a code and 16-bit zetas."
-        size = lambda r: r.shape[0] * r.shape[1]
-        bits = lambda r: size(r) * r.grid.bits + r.grid.scale.numel() * (16 + r.grid.bits) + 16 * r.zeta.numel()
-        layers = self.layers.values()
+        """Of the rounded linears: codes, 16-bit scales; zero-points as wide as a code, unless grids are symmetric; and
+        16-bit zetas where they are not 1."""
+
+        def bits(r):
+            per_group = 16 + (0 if self.config.symmetric else r.grid.bits)
+            zetas = len(r.zeta) if (r.zeta != 1).any() else 0
+            return size(r) * r.grid.bits + r.grid.scale.numel() * per_group + 16 * zetas
+
+        size, layers = lambda r: r.shape[0] * r.shape[1], self.layers.values()
         return sum(map(bits, layers)) / sum(map(size, layers))
 
     def rows(self) -> list[dict]:

@@ -63,7 +63,8 @@ def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], conf
     for path, block in blocks.items():
         for name in linears_of(block):
             try:
-                grouped(weight_of(block, name)[:1], config.group_size)
+                if bits_of(config, f"{path}.{name}") != 16:
+                    grouped(weight_of(block, name)[:1], config.group_size)
             except AespaError as e:
                 raise AespaError(f"{path}.{name}: {e}") from None
     for path, module in model.named_modules():

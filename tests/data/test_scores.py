@@ -36,6 +36,9 @@ def test_measures_on_a_model_with_known_answers():
     expected = (p * (p * 32).log()).sum(-1).mean().item()
     assert kl_divergence(model, other, tokens) == pytest.approx(expected, rel=1e-3)
     assert evaluate_model(model, tokens, model, batch_size=2).top1 == 1.0
+    for m in (model, other):  # tokens that neither can say
+        m.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([0, 1]), -math.inf))
+    assert 0 < kl_divergence(model, other, tokens.clamp(min=2)) < math.inf
 
 
 def test_a_stride_of_nothing_and_nan_predictions_are_errors():

@@ -84,9 +84,10 @@ def test_counted_work_is_that_of_the_formulas():
 
 def test_the_estimate_knows_what_learning_end_to_end_takes():
     model, tokens = random_model("tiny", 3, 32), random_tokens(16, 32)
-    config = AespaConfig.preset("best", 3, end_loss=True, end_to_end=20, starts=1)
+    config, before = AespaConfig.preset("best", 3, end_loss=True, end_to_end=20), model.model.norm.weight.data.clone()
     with flop_counter() as counter:
         told = estimate_run(model, tokens, config, clock=counter.get_total_flops).seconds
+        assert torch.equal(model.model.norm.weight, before)
         with timed(counter.get_total_flops) as work:
             quantize_model(model, tokens, config)
     assert 0.75 < told["end to end"] / work["end to end"] < 1.35

@@ -297,6 +297,10 @@ def test_scales_survive_even_where_float16_underflows():
     report = changed(nearest(model, 4), scale=lambda s: torch.full_like(s, 1e-12))
     snap_model(model, report, torch.float16)
     assert all((r.grid.scale > 0).all() for r in report.layers.values())
+    model.model.norm.weight.data[:2] = torch.tensor([1e5, 1 / 3])
+    with pytest.raises(AespaError, match="model.norm.weight has a value beyond"):
+        snap_model(model, report, torch.float16)
+    assert model.model.norm.weight[1] == torch.tensor(1 / 3)
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------

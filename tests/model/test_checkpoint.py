@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import hostile
 import pytest
@@ -102,6 +103,11 @@ def test_a_failed_block_goes_back_too(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with working_on(torch.nn.Identity(), "cpu", torch.float32):  # nothing to move
         pass
+    linear, no_room = torch.nn.Linear(2, 2), mock.Mock(side_effect=[False, torch.OutOfMemoryError])
+    with mock.patch("aespa_nb.model.memory.in_file", no_room), pytest.raises(torch.OutOfMemoryError):
+        with working_on(linear, "cpu", torch.float64):  # fails behind the first of its tensors
+            pass
+    assert linear.weight.dtype == torch.float32
 
 
 def test_number_types_of_a_block_are_kept_apart():

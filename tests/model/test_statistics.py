@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from aespa_nb.attention.forward import repeat_kv
 from aespa_nb.model.blocks import stacks_of
 from aespa_nb.model.capture import capture_attention, capturing
 from aespa_nb.model.phases import timed
+from aespa_nb.model.roles import Role
 from aespa_nb.model.statistics import AttentionCollector, Batch, InputCollector, block_losses, parts_of, survey
 from aespa_nb.model.stream import BlockStream
 from aespa_nb.rounding.hessian import Gram
@@ -128,6 +130,14 @@ def test_a_part_of_the_roles_is_measured():
     inputs = dict.fromkeys("qk", InputCollector("q", list(keys.values()), Gram(32)))
     collector = AttentionCollector(block, found.attentions[0], keys, inputs, "attention")
     assert isinstance(collector.sums, MeasuredStatistics) and not inputs["q"].counted
+
+
+def test_rows_of_one_linear_for_two_attention_calls_are_all_parts():
+    rows, linear = torch.arange(24).view(2, 3, 2, 2), torch.nn.ModuleDict(dict(qkv=torch.nn.Linear(4, 24)))
+    role = lambda i, j: Role("qkv", rows[i, j], "none", None, 1)
+    calls = [SimpleNamespace(roles={name: role(i, j) for j, name in enumerate("qkv")}) for i in (0, 1)]
+    parts = parts_of(linear, SimpleNamespace(attentions=calls, group_of=["qkv"]))
+    assert sorted(torch.cat([p.rows for p in parts.values()]).tolist()) == list(range(24))
 
 
 def test_phases_are_named_where_they_happen():

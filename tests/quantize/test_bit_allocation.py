@@ -155,7 +155,7 @@ def test_the_allocation_beats_uniform_bits():
 
 def test_the_command_shares_out_and_keeps(one_block, tmp_path, capsys):
     out = tmp_path / "out"
-    words = "--preset rtn --auto-bits 2.5 --keep q_proj=3 --samples 2 --eval-samples 2 --quiet --out"
+    words = "--preset rtn --auto-bits 5 --keep q_proj=3 --format gptq --samples 2 --eval-samples 2 --quiet --out"
     assert main(["quantize", one_block, *words.split(), str(out)]) == 0
     assert "bits, block by block" in capsys.readouterr().out
     layers = json.loads((out / "quantization.json").read_text())["layers"]

@@ -250,6 +250,7 @@ def test_without_the_variables_of_a_launcher_a_process_is_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AespaError, match="WORLD_SIZE is 2 but RANK"), joined():
         pass
+    assert main([]) == 2
 
 
 def test_each_process_needs_a_gpu_of_its_own(monkeypatch):

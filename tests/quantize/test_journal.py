@@ -190,7 +190,8 @@ def test_parts_come_back_as_they_were(tmp_path):
 def test_another_run_is_known_by_its_blocks_where_its_record_is_damaged(tmp_path):
     run(tmp_path, "gptq")
     before = (tmp_path / "model.layers.0.safetensors").read_bytes()
-    for damage in (lambda p: p.write_text("?"), lambda p: p.unlink(), lambda p: p.write_text("[" * 100_000)):
+    header = json.dumps({k: v for k, v in json.loads((tmp_path / "run.json").read_text()).items() if k != "key"})
+    for damage in (*(lambda p, t=t: p.write_text(t) for t in ("?", "[" * 100_000, header)), lambda p: p.unlink()):
         damage(tmp_path / "run.json")
         with pytest.raises(AespaError, match="holds blocks of another run"):
             run(tmp_path, "gptq", seed=1)

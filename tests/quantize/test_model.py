@@ -204,6 +204,7 @@ def test_kept_layers_have_their_own_bits():
     assert all(r.codes.max() < 2**r.grid.bits for r in report.layers.values())
     with pytest.raises(AespaError, match="no linear's name"):
         quantize_model(model, TOKENS, quick(keep={"down_proj": 4}))
+    assert quantize_model(fresh("opt"), TOKENS, quick("gptq", group_size=32, keep={"fc2": 16})).layers  # 48 inputs
 
 
 def test_a_dictionary_of_inputs_is_as_good_as_tokens():
