@@ -22,8 +22,8 @@ from typing import Annotated
 import typer
 
 from .errors import AespaError
-from .options import PRESETS_TEXT, TEXT_SOURCES, Bos, Format, Out, Quiet, Seqlen, Windows, app, command, option
-from .options import Changes, Recipe, Source, Text, one_line, spelled_out, told, window_length
+from .options import PRESETS_TEXT, TEXT_SOURCES, Bos, Format, Out, Quiet, Seqlen, Trust, Windows, app, command
+from .options import Changes, Recipe, Source, Text, one_line, option, spelled_out, told, window_length
 
 # %% ../nbs/guides/90_cli.ipynb #24a67b43
 def save(folder: Path, model, report, form: str, *more) -> str:
@@ -152,6 +152,7 @@ def export(
     folder: Annotated[str, typer.Argument(help="A folder that quantize or export has written.", show_default=False)],
     out: Out,
     form: Format = "compressed-tensors",
+    trust_remote_code: Trust = False,
 ) -> None:
     "Write a rounded model in another format, from its codes: nothing is computed again."
     from aespa_nb.export.checkpoint import export_model, read_quantized
@@ -159,8 +160,8 @@ def export(
     from aespa_nb.quantize.journal import check_free
 
     check_free(out)
-    model, report, facts = read_quantized(folder)
-    done = export_model(model, report, out, form, load_tokenizer(folder), facts)
+    model, report, facts = read_quantized(folder, trust_remote_code)
+    done = export_model(model, report, out, form, load_tokenizer(folder, trust_remote_code), facts)
     print(f"{size_text(done)}written to {out}")
 
 # %% ../nbs/guides/90_cli.ipynb #d80f6bb3

@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 from aespa_nb import AespaConfig, AespaError, quantize_model
 from aespa_nb.attention.forward import repeat_kv
-from aespa_nb.model.block_tuning import reading_inputs
+from aespa_nb.model.blocks import reading_inputs
 from aespa_nb.model.blocks import blocks_of, kind_of, linears_of, stacks_of, weight_of
 from aespa_nb.model.capture import Watch, capture_attention, capturing
 from aespa_nb.model.statistics import block_losses, survey

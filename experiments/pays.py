@@ -17,7 +17,7 @@ from aespa_nb import AespaConfig, evaluate_model
 from aespa_nb.attention.any_position import MeasuredStatistics
 from aespa_nb.attention.kronecker_losses import AttentionStatistics, KroneckerLoss
 from aespa_nb.data.fetch import fetched_folder
-from aespa_nb.model.block_tuning import reading_inputs
+from aespa_nb.model.blocks import reading_inputs
 from aespa_nb.model.capture import capture_attention, capturing
 from common import resume, rounded, windows_of
 

@@ -18,10 +18,12 @@ SAMPLED = "--samples 64 --eval-samples 128".split()
 DEMO = """import json; from aespa_nb.experiments.records import *; found = json.load(open("build/demo/results.json"))
 write_record("nbs/runs/demo.json", found | dict(made=stamp(found["run"]["options"])))"""
 ENV = os.environ | dict(OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="262144")  # peaks of memory are the algorithm's
-AT_ONCE = "compare-reference compare-opt demo cost plan scale loading".split()  # not row by row
+AT_ONCE = "compare-reference compare-symmetric compare-opt demo cost plan scale loading".split()  # not row by row
 OWNERS = {  # record -> the commands that make it, as words behind `python`
     "compare-reference": [[*COMPARE, "reference", "--presets", *METHODS, *"--bits 2 3 4 --group-sizes 0 64".split(),
                            *"--seeds 0 1 2".split(), *SAMPLED, "--out", "nbs/runs/compare-reference"]],
+    "compare-symmetric": [[*COMPARE, "reference", "--presets", "best", "max", *"--bits 2 3 --group-sizes 64".split(),
+                           *SAMPLED, "--symmetric", "--out", "nbs/runs/compare-symmetric"]],
     "compare-opt": [[*COMPARE, "build/opt/final", "--presets", "rtn", "gptq", "zfold", "turboboa", "awq", "brecq",
                      "aespa", "best", "max", *"--bits 2 3".split(), *SAMPLED, "--out", "nbs/runs/compare-opt"]],
     "demo": [["-m", "aespa_nb", "demo", "--out", "build/demo"], ["-c", DEMO]],

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..errors import AespaError
-from ..model.block_tuning import BlockTask, first_output, reading_inputs
-from ..model.blocks import zeta_groups
+from ..model.block_tuning import BlockTask, first_output
+from ..model.blocks import reading_inputs, zeta_groups
 from ..rounding.grid import Grid, grouped, minmax_grid
 from ..rounding.grid_search import fit_grid
 from ..rounding.hessian import Gram, quadratic_loss

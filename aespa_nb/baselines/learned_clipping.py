@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..model.block_tuning import BlockTask, reading_inputs
-from ..model.blocks import zeta_groups
+from ..model.block_tuning import BlockTask
+from ..model.blocks import reading_inputs, zeta_groups
 from ..rounding.grid import Grid, check_bits, grouped
 from ..rounding.packing import RoundedWeight
 

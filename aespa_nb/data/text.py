@@ -348,10 +348,11 @@ def check_tokens(
         raise AespaError("tokens must be a tensor [seq tok] with at least one sequence; see calibration_windows")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise AespaError(f"tokens must be int64 token ids, not {tokens.dtype}")
-    vocabulary = model.config.get_text_config().vocab_size
+    config = model.config.get_text_config()
+    vocabulary = config.vocab_size
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise AespaError(f"token ids must lie in 0..{vocabulary - 1}: is this the model's own tokenizer?")
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(config, "max_position_embeddings", None)
     if longest and tokens.shape[1] > longest:
         raise AespaError(f"sequences of {tokens.shape[1]} tokens exceed the model's {longest}: lower seqlen")
     if tokens.shape[1] < 2:

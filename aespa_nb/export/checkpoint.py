@@ -20,13 +20,14 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import AespaError
 from .folding import fold_zeta, snap_model
 from .formats import FORMATS, check_format, is_symmetric, packable
 from ..model.blocks import weight_of
-from ..model.checkpoint import check_files, check_sizes, shards_of
+from ..model.checkpoint import check_bare, check_files, check_sizes, reason_of, shards_of
 from ..quantize.config import AespaConfig
 from ..quantize.journal import complete_folder
 from ..quantize.layer import RoundedLayer
@@ -119,6 +120,15 @@ def _stored(folder: Path) -> dict[str, Tensor]:
     "The tensors in the model's files."
     return {name: t for path in folder.glob("model*.safetensors") for name, t in load_file(path).items()}
 
+
+def _check_stored(found: dict[str, Tensor], packed: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
+    "Raises `AespaError` if tensors that a loader has `found` are not those that were written."
+    given = packed | rest
+    wrong = [n for n, t in found.items() if n not in given or not torch.equal(t.to(given[n]), given[n])]
+    if wrong := sorted(packed.keys() - found.keys()) or wrong:
+        other = "dense" if packed else "compressed-tensors"
+        raise AespaError(f"transformers would load another {wrong[0]} than the model has: export as {other}")
+
 # %% ../../nbs/export/73_checkpoint.ipynb #c8142637
 def _tensors(layers: dict[str, RoundedLayer], form: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     "The layers' tensors by their names in the file: contiguous, with memory of their own, scales as `dtype`."
@@ -159,13 +169,13 @@ def write_checkpoint(
     sizes["rest"] = sum({t.data_ptr(): t.nbytes for t in rest.values()}.values())
     done = Exported(form, dtype, sizes, sum(math.prod(r.shape) for r in layers.values()), list(dense), change)
 
-    model.save_pretrained(folder, state_dict=rest | packed)
-    expected = packed.keys() | {name for name, t in rest.items() if t.ndim == 3}  # stacks of experts
-    if form != "dense" and (other := sorted(expected - _stored(folder).keys())):
-        raise AespaError(f"transformers gives {other[0]} another name in its files: export as dense")
+    if "is_quantized" in vars(model):  # not any more: its loader's conversions would quantize again, without scales
+        model._weight_conversions = None
+    model.save_pretrained(folder, state_dict=rest | packed, save_original_format=not packed)
     saved = json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     saved |= {"quantization_config": config} if config else {}
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
+    _check_stored(_stored(folder) if packed else type(model).from_pretrained(folder).state_dict(), packed, rest)
     if form == "dense":
         save_file(_tensors(dense, form), folder / "quantization.safetensors")
     bits = {n: r.grid.bits for n, r in (layers or dense).items()}
@@ -189,6 +199,8 @@ def export_model(
     """Writes a checkpoint that stock tools load. Raises `AespaError`, and writes nothing, if the format can't hold it,
     `model.config` describes another model, or the folder holds something."""
     check_format(format)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    check_bare(model)
     _check_config(model)
     with complete_folder(folder) as out:
         return write_checkpoint(out, model, report, format, tokenizer, facts, dtype)
@@ -202,7 +214,18 @@ class Quantized(NamedTuple):
     facts: dict  # what the model card was told
 
 # %% ../../nbs/export/73_checkpoint.ipynb #c15read1
-def _read(folder: Path) -> Quantized:
+def _class_of(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> type | None:
+    "The model's class: of transformers or, if trusted, of the code in the folder."
+    name, remote = str(next(iter(config.architectures or ()), "")), getattr(config, "auto_map", None) or {}
+    for auto, place in remote.items() if trust_remote_code else ():
+        if isinstance(place, str) and place.rpartition(".")[2] == name:
+            kind = get_class_from_dynamic_module(place, folder)
+            kind.register_for_auto_class(auto)  # so that its code is saved with it
+            return kind
+    return getattr(transformers, name, None)
+
+
+def _read(folder: Path, trust_remote_code: bool) -> Quantized:
     "`read_quantized`, as it fails."
     if not folder.is_dir():
         raise AespaError(f"no folder at {str(folder)!r}: name one that quantize or export has written")
@@ -211,11 +234,11 @@ def _read(folder: Path) -> Quantized:
     saved = json.loads(path.read_text()) if path.exists() else {}
     if "export" not in saved:
         raise AespaError(f"{folder} has no quantization.json: name a folder that quantize or export has written")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    kind = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    kind = _class_of(config, folder, trust_remote_code)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise AespaError(f"config.json names no model of transformers, but {config.architectures}")
-    check_sizes(folder, shards_of(folder), False, kind)
+    check_sizes(folder, shards_of(folder), trust_remote_code, kind)
 
     known = {f.name for f in fields(AespaConfig)} - {"dtype"}
     recipe = AespaConfig(**{k: v for k, v in saved["config"].items() if k in known})
@@ -233,6 +256,7 @@ def _read(folder: Path) -> Quantized:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    model.config._name_or_path = str(folder)  # whoever rounds it again is told
     for name, r in report.layers.items():
         if not torch.equal(weight_of(model, name), r.weight().to(dtype)):
             raise AespaError(f"{folder}: weight and codes of {name} disagree, a file is damaged: quantize again")
@@ -241,12 +265,14 @@ def _read(folder: Path) -> Quantized:
     return Quantized(model, report, saved["export"]["facts"])
 
 # %% ../../nbs/export/73_checkpoint.ipynb #c15rea2
-def read_quantized(folder: str | os.PathLike) -> Quantized:
+def read_quantized(folder: str | os.PathLike, trust_remote_code: bool = False) -> Quantized:
     "Reads a folder that `export_model` wrote. Raises `AespaError` if it is none, or damaged."
     folder = Path(folder).expanduser()
     try:
-        return _read(folder)
+        return _read(folder, trust_remote_code)
     except AespaError:
         raise
     except Exception as e:  # a damaged file can look like anything
+        if "trust_remote_code" in str(e):
+            raise AespaError(f"{folder} could not be loaded: {reason_of(e)}") from e
         raise AespaError(f"{folder} is damaged ({type(e).__name__}: {str(e)[:200]}): quantize again") from e

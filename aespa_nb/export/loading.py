@@ -32,6 +32,6 @@ def load_model(
     config = folder / "config.json"
     ours = (folder / "quantization.json").is_file() and config.is_file() and config.stat().st_size < 2**24
     if ours and '"quant_method": "gptq"' in config.read_text(errors="replace"):
-        model = read_quantized(folder).model
-        return model.to(dtype or model.dtype), load_tokenizer(folder)
+        model = read_quantized(folder, trust_remote_code).model
+        return model.to(dtype or model.dtype), load_tokenizer(folder, trust_remote_code)
     return load_checkpoint(str(source), dtype, trust_remote_code)

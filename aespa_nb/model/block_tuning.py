@@ -6,9 +6,8 @@
 __all__ = ['block_error', 'norm_weights', 'Scales', 'BlockTask', 'learn_block', 'tune_scales']
 
 # %% ../../nbs/model/48_block_tuning.ipynb #a0expnin
-import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,20 +21,6 @@ from .blocks import weight_of
 from .stream import BlockStream
 from ..rounding.hessian import sum_all
 from ..rounding.packing import RoundedWeight
-
-# %% ../../nbs/model/48_block_tuning.ipynb #89c1858b
-@contextlib.contextmanager
-def reading_inputs(
-    block: nn.Module,
-    names: Iterable[str],  # of its modules
-    read: Callable[[str, Float[Tensor, "*batch tok inp"]], None],  # called with the name and what the module reads
-) -> Iterator[None]:
-    "Within this context `read` sees the inputs of these modules."
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            hook = lambda module, args, name=name: read(name, args[0])
-            stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
-        yield
 
 # %% ../../nbs/model/48_block_tuning.ipynb #ff4284c0
 def first_output(out):

@@ -8,7 +8,6 @@ __all__ = ['survey', 'Part', 'parts_of', 'stages_of', 'Batch', 'InputCollector',
 
 # %% ../../nbs/model/46_statistics.ipynb #6c3809e5
 import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +20,7 @@ from ..attention.feed_forward import feed_forward_metric, slopes
 from ..attention.gauss_newton import GaussNewtonStatistics, output_metric
 from ..attention.kronecker_losses import AttentionShape, AttentionStatistics, KroneckerLoss
 from ..errors import UnsupportedModelError
-from .blocks import expert_matrices, kind_of, weight_of
+from .blocks import expert_matrices, kind_of, reading_inputs, weight_of
 from .capture import Watch, capture_attention, use_attention
 from .phases import phase
 from .roles import AttentionMap, BlockMap, Role, map_block
@@ -266,23 +265,13 @@ def _end_of(found: BlockMap, heads: list[str], calls) -> str | None:
     after = [n for n in found.order[last + (found.order[last] == "") :] if n and n not in found.routed]
     return after[0] if after else None
 
-
-@contextlib.contextmanager
-def _capturing_inputs(block: nn.Module, names, read: Callable) -> Iterator[None]:
-    "Calls `read(name, X)` with its input `X` `[batch inp tok]` whenever a module of `names` is about to run."
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            hook = lambda m, args, name=name: read(name, args[0].transpose(-1, -2))
-            stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
-        yield
-
 # %% ../../nbs/model/46_statistics.ipynb #49832ff2
 def _one_pass(block, stream: BlockStream, found: BlockMap, inputs, attentions, fed, full, last: bool) -> None:
     "Runs `stream` through `block` as far as needed and fills the collectors."
     batch, by_head, readers = Batch(), {c.head: c for c in inputs.values()}, {c.reader for c in fed}
 
-    def read(name, X):
-        batch.inputs[name] = X
+    def read(name, x):
+        batch.inputs[name] = X = x.mT
         if name in readers:
             for collector in (c for c in fed if c.reader == name):
                 collector.add(batch)
@@ -305,7 +294,7 @@ def _one_pass(block, stream: BlockStream, found: BlockMap, inputs, attentions, f
 
     def expert(name, X, Y):
         if name in by_head:
-            read(name, X.reshape(-1, X.shape[-1]).T)
+            read(name, X.reshape(-1, X.shape[-1]))
             del batch.inputs[name]
 
     modules, paired = dict(block.named_modules()), [c for c in inputs.values() if c.paired]
@@ -315,7 +304,7 @@ def _one_pass(block, stream: BlockStream, found: BlockMap, inputs, attentions, f
     stop = _end_of(found, [*by_head, *readers], attentions)
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_grad_enabled, False)
-        stack.enter_context(_capturing_inputs(block, sources | readers | (by_head.keys() & modules.keys()), read))
+        stack.enter_context(reading_inputs(block, sources | readers | (by_head.keys() & modules.keys()), read))
         for name in leaves:
             hook = lambda m, args, y, name=name: make_leaf(name, y)
             stack.callback(modules[name].register_forward_hook(hook).remove)
@@ -326,8 +315,8 @@ def _one_pass(block, stream: BlockStream, found: BlockMap, inputs, attentions, f
         if full:
             reference, other = full
             # a stream that moves on writes its outputs over its inputs: a copy is kept of what was read
-            keep = lambda name, X: batch.full_inputs.update({name: X.clone() if last else X})
-            stack.enter_context(_capturing_inputs(reference, sources | {c.head for c in paired}, keep))
+            keep = lambda name, x: batch.full_inputs.update({name: x.mT.clone() if last else x.mT})
+            stack.enter_context(reading_inputs(reference, sources | {c.head for c in paired}, keep))
             steps = zip(other.steps(reference, keep=last, stop=None if last else stop), steps, strict=True)
         for _ in steps:
             batch.inputs.clear(), batch.full_inputs.clear(), batch.outputs.clear()

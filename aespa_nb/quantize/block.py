@@ -47,12 +47,14 @@ class BlockRun:
     team: Team = ALONE
     announce: Callable[[str], None] = lambda linear: None  # is told the linear that is worked on
     metrics: dict[str, Tensor] = field(default_factory=dict)  # of linears of the model: `output_metrics`
+    owners: dict[str, str] = field(default_factory=dict)  # of linears of the model: the first with the same weight
     notes: list[str] = field(default_factory=list)
     statistics_bytes: int = 0  # of the matrices that were held at one time, at most
 
     def bits(self, linear: str) -> int:
         "Bits of a linear of the block; 16: it is left as it is."
-        return bits_of(self.config, f"{self.name}.{linear}")
+        name = f"{self.name}.{linear}"
+        return bits_of(self.config, name) if self.owners.get(name, name) == name else 16
 
     def write(self, linear: str, layer: RoundedLayer, rows: Tensor | None = None) -> None:
         "Writes a record's weight into (some rows of) a linear. Raises `NumericalError` if the model can't hold it."
@@ -113,7 +115,7 @@ def _find_zetas(run: BlockRun, targets: dict[str, Tensor], losses: dict[str, Kro
                 run.notes.append(f"{', '.join(names)}: no zeta ({str(e).partition(':')[0]})")
     return zetas
 
-# %% ../../nbs/quantize/63_block.ipynb #c14parts
+# %% ../../nbs/quantize/63_block.ipynb #c14part0
 def part_weight(block: nn.Module, part: Part, dtype: torch.dtype) -> Float[Tensor, "rows inp"]:
     "The part's rows of its weight."
     weight = weight_of(block, part.linear)
@@ -136,7 +138,7 @@ def _end_loss(run: BlockRun, part: Part, loss: KroneckerLoss) -> KroneckerLoss:
         return loss
     return KroneckerLoss(loss.H, G.to(loss.H.device, loss.H.dtype, copy=True)[None])
 
-
+# %% ../../nbs/quantize/63_block.ipynb #c14parts
 def round_parts(run: BlockRun, parts: dict[str, Part], read: BlockLosses) -> dict[str, RoundedLayer]:
     "Rounds the parts that `read` has losses of, in place; the records of their linears. Losses go as they are used."
     config, team = run.config, run.team
@@ -170,7 +172,7 @@ def round_parts(run: BlockRun, parts: dict[str, Part], read: BlockLosses) -> dic
         run.notes += said
     return _join(run.block, mine, {name: layer for name, (layer, _) in done.items()})
 
-
+# %% ../../nbs/quantize/63_block.ipynb #c14join0
 def _join(block: nn.Module, parts: dict[str, Part], done: dict[str, RoundedLayer]) -> dict[str, RoundedLayer]:
     "One record for each linear from those of its parts."
     linears: dict[str, list[str]] = {}

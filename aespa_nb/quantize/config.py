@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'SOLVERS', 'PRESETS', 'resolve', 'Recipe', 'AespaConfig', 
 # %% ../../nbs/quantize/60_config.ipynb #a0expnfi
 from collections.abc import Callable
 from dataclasses import field
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Annotated, Literal
 
 import torch
@@ -26,22 +26,14 @@ METHODS: dict[str, str | Callable] = {
 
 # solvers of one layer: (U, grid, loss, config) -> (codes, grid); a function, or where it lives
 SOLVERS: dict[str, str | Callable] = {
-    "rtn": "aespa_nb.quantize.layer:solve_rtn",
-    "gptq": "aespa_nb.quantize.layer:solve_gptq",
-    "adaround": "aespa_nb.quantize.layer:solve_adaround",
-    "gptq+adaround": "aespa_nb.quantize.layer:solve_gptq_adaround",
-    "descent": "aespa_nb.quantize.layer:solve_descent",
-    "boa": "aespa_nb.quantize.layer:solve_boa",
+    name: f"aespa_nb.quantize.layer:solve_{name.replace('+', '_')}"
+    for name in ("rtn", "gptq", "adaround", "gptq+adaround", "descent", "boa")
 }
 
 
 def resolve(table: dict[str, str | Callable], name: str) -> Callable:
     "The function called `name` in `METHODS` or `SOLVERS`, imported when it is asked for."
-    found = table[name]
-    if callable(found):
-        return found
-    module, _, function = found.partition(":")
-    return getattr(import_module(module), function)
+    return found if callable(found := table[name]) else resolve_name(found)
 
 # %% ../../nbs/quantize/60_config.ipynb #a1d93042
 def _one_of(table: dict, *more: str) -> AfterValidator:

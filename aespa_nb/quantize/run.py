@@ -11,7 +11,8 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,10 +26,11 @@ from ..data.text import check_tokens
 from ..errors import AespaError, NumericalError
 from ..model.blocks import blocks_of, linears_of, stacks_of, weight_of, zeta_groups
 from ..model.capture import capturing
+from ..model.checkpoint import check_bare
 from ..model.end_to_end import Predictions, tune_end_to_end
 from ..model.memory import give_back, working_on
 from ..model.phases import phase
-from ..model.stream import BlockStream, as_inputs
+from ..model.stream import BlockStream, IdleError, as_inputs
 from ..model.team import ALONE, Team
 from .block import BlockRun
 from .config import AespaConfig, bits_of
@@ -42,10 +44,13 @@ def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], conf
     "Raises an `AespaError` if the run would fail or make no sense."
     if getattr(model, "hf_quantizer", None) is not None:
         raise AespaError("the model is quantized already: start from its full-precision weights")
+    check_bare(model)
+    if Path(f"{model.config._name_or_path}/quantization.json").is_file():
+        raise AespaError("the model is rounded already: start from its full-precision weights")
     if any(p.is_inference() for p in model.parameters()):
         raise AespaError("the model was made in torch.inference_mode(), its weights can't be replaced: load it outside")
     blocks = blocks_of(model)
-    if not isinstance(tokens, dict):
+    if not isinstance(tokens, Mapping):
         check_tokens(tokens, model)
     sizes = {len(t) for t in as_inputs(tokens).values()}
     if len(sizes) != 1 or 0 in sizes:
@@ -169,25 +174,43 @@ def tune_model(run: "Run") -> None:
         run.report.notes.append("learning end to end gained nothing on the sequences kept back and was dropped")
 
 # %% ../../nbs/quantize/67_run.ipynb #b06387fb
+def _owners(model: PreTrainedModel) -> dict[str, str]:
+    "Every linear of the blocks -> the first that has its weight."
+    first, blocks = {}, blocks_of(model).items()
+    places = {f"{path}.{n}": weight_of(block, n).data_ptr() for path, block in blocks for n in linears_of(block)}
+    return {name: first.setdefault(place, name) for name, place in places.items()}
+
+
 def _each_block(run: "Run") -> Iterator[BlockRun]:
     "The blocks of a run, each on its device and in the working precision until the next is asked for."
-    model, config = run.model, run.config
-    stream = lambda path: contextlib.closing(
-        BlockStream(model, run.inputs, config.batch_size, run.device, config.dtype, path, run.team)
-    )
+    model, config, owners, paths = run.model, run.config, _owners(run.model), stacks_of(run.model)
+    new = lambda path: BlockStream(model, run.inputs, config.batch_size, run.device, config.dtype, path, run.team)
     with contextlib.ExitStack() as stack:
+
+        def stream(path):
+            try:
+                return stack.enter_context(contextlib.closing(new(path)))
+            except IdleError:
+                paths.remove(path)
+                run.report.notes.append(f"{path}: did not run, left as it is")
+                if not paths:
+                    raise
+
         two, full = bool(config.correction or config.tuning or config.method != "layers"), {}
-        for path in stacks_of(model) if two else ():
-            full[path] = stack.enter_context(stream(path))  # while the model is whole
-        for path in stacks_of(model):
-            mine = stack.enter_context(stream(path))
+        for path in list(paths) if two else ():
+            full[path] = stream(path)  # while the model is whole
+        for path in list(paths):
+            if (mine := stream(path)) is None:
+                continue
             for i, block in enumerate(model.get_submodule(path)):
                 with working_on(block, run.device, config.dtype):
                     size = sum(p.nbytes for p in block.parameters())
                     run.report.block_bytes = max(run.report.block_bytes, size)
                     announce = lambda linear, i=i: run.announce(f"block {i}: {linear}")
-                    streams = mine, full.get(path)
-                    yield BlockRun(model, block, f"{path}.{i}", config, *streams, run.team, announce, run.metrics)
+                    name, streams = f"{path}.{i}", (mine, full.get(path))
+                    at = Counter(owners[f"{name}.{n}"].removesuffix(f".{n}") for n in linears_of(block))
+                    notes = [f"{n} linears are those of {b}: rounded there" for b, n in at.items() if b != name]
+                    yield BlockRun(model, block, name, config, *streams, run.team, announce, run.metrics, owners, notes)
 
 # %% ../../nbs/quantize/67_run.ipynb #83959c20
 class Run:
@@ -202,11 +225,14 @@ class Run:
         journal: str | Path | None = None,  # folder for finished blocks
         team: Team = ALONE,
     ):
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         check_model(model, tokens, config)
         check_team(team, config)
         self.model, self.inputs, self.config, self.team = model, draw_inputs(tokens, config), config, team
         self.device, self.report = torch.device(config.device or model.device), QuantReport(config)
         self.progress, self.folder, self.journal = progress, journal if team.rank == 0 else None, None
+        if "is_quantized" in vars(model):
+            self.report.notes.append("the checkpoint was quantized: what was rounded are its dequantized weights")
 
     def __enter__(self) -> "Run":
         model, config, team = self.model, self.config, self.team

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from aespa_nb.baselines.learned_clipping import ClippedLinears, LearnedClip, free_groups, free_scales
 from aespa_nb.baselines.omniquant import omniquant
-from aespa_nb.model.block_tuning import reading_inputs
+from aespa_nb.model.blocks import reading_inputs
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

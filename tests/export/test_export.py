@@ -16,6 +16,7 @@ from aespa_nb.errors import AespaError
 from aespa_nb.export.checkpoint import export_model, read_quantized
 from aespa_nb.export.folding import snap_model
 from aespa_nb.export.formats import FORMATS
+from aespa_nb.export.loading import load_model
 from aespa_nb.model.blocks import linears_of, weight_of
 from aespa_nb.quantize.config import AespaConfig
 from aespa_nb.quantize.layer import RoundedLayer
@@ -156,7 +157,7 @@ def bundled_models(tmp_path):
 
 
 def other_models(tmp_path):
-    "OPT with biases, 5 bits, shapes that fill no word, mixed bits, Z-Fold on both families, 16-bit models, 8 bits."
+    "OPT with biases, 5 and 8 bits, shapes that fill no word, experts, mixed bits, Z-Fold on both families, 16 bits."
     tokens, jobs = torch.arange(1, 33).reshape(2, 16), []
 
     def add(name, model, report, **options):
@@ -168,6 +169,7 @@ def other_models(tmp_path):
         ("opt", small_model("OPT"), (3,)),
         ("five", small_model("Llama"), (5, 16)),
         ("odd", small_model("Llama", intermediate_size=44), (3,)),
+        ("experts", small_model("Qwen3Moe"), (4,)),
     ):
         add(name, model, nearest(model, *how))
     mixed = small_model("Llama")
@@ -247,14 +249,34 @@ def test_conv1d_stays_dense_and_is_listed(tmp_path):
     assert "model.layers.0.mlp.up_proj.weight" in load_file(tmp_path / "some/model.safetensors")
 
 
-def test_experts_that_transformers_takes_for_packed_are_refused(tmp_path):
-    model = small_model("Qwen3Moe")
-    report = nearest(model, 4)
-    with pytest.raises(AespaError, match="another name in its files: export as dense"):
-        export_model(model, report, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    export_model(model, report, tmp_path / "out", "dense")
-    assert same(words_of(read_quantized(tmp_path / "out").report), words_of(report))
+def test_weights_that_were_stored_in_float8(tmp_path):
+    small_model("Llama", torch.bfloat16, hidden_size=128, intermediate_size=128).save_pretrained(tmp_path)
+    state, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    for name in [n for n in state if "mlp" in n]:
+        state |= {name: (state[name] * 100).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.full((1, 1), 0.01)}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    how = dict(quant_method="fp8", weight_block_size=[128, 128], modules_to_not_convert=["lm_head", "self_attn"])
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(quantization_config=how)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    report = quantize_model(model, torch.arange(1, 33).reshape(2, 16), AespaConfig.preset("rtn", 4))
+    for form in ("dense", "compressed-tensors"):
+        export_model(model, report, tmp_path / form, form)
+        loaded = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / form))
+        assert torch.equal(loaded, logits(model)) and "dequantized" in report.notes[0]
+
+
+def test_code_that_comes_with_a_checkpoint(tmp_path):
+    source, dense, packed = (str(tmp_path / n) for n in ("source", "dense", "packed"))
+    small_model("Llama").save_pretrained(source)
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    config |= dict(architectures=["Toy"], auto_map={"AutoModelForCausalLM": "mod.Toy"})
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    (tmp_path / "source/mod.py").write_text("import transformers as t\nclass Toy(t.LlamaForCausalLM): pass\n")
+    model, _ = load_model(source, trust_remote_code=True)
+    export_model(model, nearest(model, 4), dense, "dense")
+    assert main(["export", dense, "--out", packed]) == 2
+    assert main(["export", dense, "--out", packed, "--trust-remote-code"]) == 0
+    assert (tmp_path / "packed/mod.py").is_file()
 
 
 def changed(report, **fields):

@@ -13,7 +13,8 @@ from aespa_nb.model.roles import map_block
 from aespa_nb.model.statistics import parts_of, survey
 from aespa_nb.errors import AespaError, UnsupportedModelError
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
+from transformers import CLIPVisionConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlavaConfig, PretrainedConfig
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -52,6 +53,24 @@ def test_a_checkpoint_can_be_read_back_or_is_refused(name, form, tmp_path):
     back = read_quantized(tmp_path / "out")
     for layer, r in back.report.layers.items():
         assert torch.equal(r.codes, report.layers[layer].codes)
+
+
+def test_images_and_text_alone(tmp_path):
+    small = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2)
+    text = LlamaConfig(**small, vocab_size=64, max_position_embeddings=32)
+    vision = CLIPVisionConfig(**small, image_size=16, patch_size=8)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    tokens = torch.randint(0, 63, (4, 16), generator=torch.Generator().manual_seed(0))
+    images = dict(input_ids=tokens.index_fill(1, torch.arange(2, 6), 63), pixel_values=torch.randn(4, 3, 16, 16))
+    for inputs, count in ((images, 26), (tokens, 14)):
+        model = LlavaForConditionalGeneration(config).eval()
+        report = quantize_model(model, inputs, AespaConfig.preset("gptaq", bits=4))
+        export_model(model, report, tmp_path / str(count))
+        loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / str(count)).eval()
+        assert len(report.layers) == count and torch.equal(loaded(**images).logits, model(**images).logits)
+    assert "did not run, left as it is" in report.notes[0]
+    with pytest.raises(AespaError, match="lower seqlen"):
+        quantize_model(model, tokens.repeat(1, 3), AespaConfig.preset("gptq", bits=4))
 
 
 @pytest.mark.parametrize("name", ["LLaMA", "GPT-NeoX", "Qwen3"])

@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from aespa_nb import AespaConfig, AespaError, NumericalError, UnsupportedModelError, quantize_model
 from aespa_nb.quantize.end_loss import output_metrics
 from aespa_nb.attention.kronecker_losses import KroneckerLoss
-from aespa_nb.model.block_tuning import reading_inputs
+from aespa_nb.model.blocks import reading_inputs
 from aespa_nb.rounding.hessian import Gram
 
 TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))

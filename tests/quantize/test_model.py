@@ -5,10 +5,12 @@ import copy
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from aespa_nb import AespaConfig, AespaError, quantize_model
+from aespa_nb.export.checkpoint import export_model
 from aespa_nb.quantize.config import PRESETS
 from aespa_nb.quantize.layer import round_layer
 from aespa_nb.model.statistics import block_losses
@@ -18,7 +20,7 @@ from aespa_nb.rounding.hessian import quadratic_loss
 from aespa_nb.errors import UnsupportedModelError
 from aespa_nb.attention.kronecker_losses import KroneckerLoss
 from models import fresh
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
 
 KINDS = ("llama", "mha", "opt", "opt-post-norm")
 TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -190,8 +192,31 @@ def test_unknown_architectures_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32))
     with pytest.raises(UnsupportedModelError, match="gpt2"):
         quantize_model(gpt2, TOKENS, quick(zfold=True))
-    with pytest.raises(UnsupportedModelError, match="no list of blocks"):
-        quantize_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), TOKENS, quick())
+
+
+def test_models_that_are_not_as_they_were_loaded_are_refused(tmp_path):
+    adapted, hot, rounded = fresh(), fresh(), fresh()
+    adapted.lm_head.base_layer = adapted.lm_head.weight
+    hot.generation_config.temperature = 0.7
+    rounded.config._name_or_path = str(tmp_path)
+    (tmp_path / "quantization.json").touch()
+    cases = dict(module=torch.nn.Sequential(fresh()), offloaded=fresh().to("meta"), adapters=adapted, do_sample=hot)
+    for words, model in (cases | dict(rounded=rounded)).items():
+        with pytest.raises(AespaError, match=words):
+            quantize_model(model, TOKENS, quick())
+    with pytest.raises(AespaError, match="do_sample"):
+        export_model(hot, None, tmp_path / "out")
+
+
+@pytest.mark.parametrize("preset", ["best", "awq"])
+def test_a_weight_in_several_blocks_is_rounded_once(preset, tmp_path):
+    for _ in range(2):  # the second restores
+        model = fresh()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        report = quantize_model(model, TOKENS, quick(preset, bits=2), journal=tmp_path)
+        assert "model.layers.1: 3 linears are those of model.layers.0: rounded there" in report.notes
+        assert len(report.layers) == 11 and "model.layers.1.mlp.up_proj" not in report.layers
+        assert all(torch.equal(r.weight(), model.get_submodule(n).weight) for n, r in report.layers.items())
 
 
 def test_kept_layers_have_their_own_bits():
@@ -209,9 +234,11 @@ def test_kept_layers_have_their_own_bits():
 
 def test_a_dictionary_of_inputs_is_as_good_as_tokens():
     models = [fresh("llama"), fresh("llama")]
-    for model, inputs in zip(models, (TOKENS, dict(input_ids=TOKENS))):
-        quantize_model(model, inputs, quick("gptq"))
+    for model, inputs in zip(models, (TOKENS, BatchEncoding(dict(input_ids=TOKENS)))):
+        quantize_model(SimpleNamespace(_orig_mod=model), inputs, quick("gptq"))  # as torch.compile wraps it
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+    with pytest.raises(AespaError, match="can't be called with input_ids"):
+        quantize_model(models[0], dict(input_ids=TOKENS + 64), quick("gptq"))
     with pytest.raises(AespaError, match="same number"):
         quantize_model(models[0], dict(input_ids=TOKENS, attention_mask=TOKENS[:2]), quick("gptq"))
 
