@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         with group.make_context("aespa_nb", spelled_out(words, group)) as context:
-            if size > 1 and words[:1] != ["quantize"] and words[:1] and words[0] in group.commands:
+            if size > 1 and words and words[0] in group.commands.keys() - {"quantize"}:
                 context.fail(f"{words[0]} runs in one process: start it without torchrun.")
             group.invoke(context)
     except typer.Exit as e:
