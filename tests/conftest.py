@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NAMES = "chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"  # the lightest first
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the tests' tensors are small
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before the first product, as the command line does
@@ -46,7 +47,7 @@ def one_block(tmp_path_factory):
 def browser():
     "One headless Chromium for the site and for JupyterLab; no Chromium, no test."
     if not CHROMIUM:
-        pytest.skip("no Chromium found (Debian: apt-get install chromium)")
+        pytest.skip("no Chromium found (Debian: apt-get install chromium-headless-shell)")
     from playwright.sync_api import sync_playwright
 
     args = ["--no-sandbox", "--disable-gpu", "--no-first-run"]

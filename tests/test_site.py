@@ -152,7 +152,10 @@ BROKEN_FIGURES = """() => [...document.images]
   .map(i => i.src)"""
 NO_ALT = "() => [...document.querySelectorAll('article img')].filter(i => !i.alt.trim()).map(i => i.src)"
 ALL_BUT_COLOURS = {"rules": {"color-contrast": {"enabled": False}}}  # slow; the same on all pages of a kind
-AT_REST = "() => Promise.allSettled(document.getAnimations().map(a => a.finished))"  # no colour in transit
+AT_REST = """() => Promise.race([
+  Promise.allSettled(document.getAnimations().map(a => a.finished)),  // no colour in transit
+  new Promise(done => setTimeout(done, 3000)),  // an animation that never ends
+])"""
 TOO_WIDE = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 

@@ -34,7 +34,7 @@ from nbdev.process import extract_directives
 
 # One thread, no network, no progress bars, and instruction sets that every x86-64 machine of the last ten years has.
 ENV = dict(
-    PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="COMPATIBLE",
+    PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2,STRICT",
     OPENBLAS_CORETYPE="Haswell", ONEDNN_MAX_CPU_ISA="AVX2", CUDA_VISIBLE_DEVICES="",
     HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1",
     MPLBACKEND="module://matplotlib_inline.backend_inline", SOURCE_DATE_EPOCH="0",

@@ -382,11 +382,10 @@ def block_losses(
     fed = [FeedForwardCollector(block, name, before[name], stream, dtype) for name in plain]
     with phase("forward"):
         _one_pass(block, stream, found, inputs, attentions, fed, full, stages_of(found)[-1][-1] in groups)
-    expected = stream.hidden.shape[0] * stream.hidden.shape[1]
     for i, collector in attentions.items():
-        if collector.tokens != expected:
+        if collector.tokens != stream.tokens:
             what = f"attention call {i} of a {model.config.model_type!r} block"
-            raise UnsupportedModelError(f"{what}: captured {collector.tokens} tokens of {expected}")
+            raise UnsupportedModelError(f"{what}: captured {collector.tokens} tokens of {stream.tokens}")
     pooled, notes = _pooled(inputs, found)
     losses, errors = {}, {}
     for group, collector in inputs.items():

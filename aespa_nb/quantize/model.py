@@ -23,7 +23,7 @@ from .run import Run, tune_model
 @torch.no_grad()
 def quantize_model(
     model: PreTrainedModel,  # its weights are replaced
-    tokens: Int[Tensor, "seq tok"] | dict[str, Tensor],  # calibration tokens, or all of the model's inputs by name
+    tokens: Int[Tensor, "seq tok"] | dict[str, Tensor],  # calibration tokens, or all inputs by name, also padded
     config: AespaConfig = AespaConfig(),
     progress: bool = False,  # show a progress bar
     journal: str | Path | None = None,  # folder for finished blocks; those it holds already are not done again

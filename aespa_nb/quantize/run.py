@@ -30,7 +30,7 @@ from ..model.checkpoint import check_bare
 from ..model.end_to_end import Predictions, tune_end_to_end
 from ..model.memory import give_back, working_on
 from ..model.phases import phase
-from ..model.stream import BlockStream, IdleError, as_inputs
+from ..model.stream import BlockStream, IdleError, as_inputs, open_stream, without_padding
 from ..model.team import ALONE, Team
 from .block import BlockRun
 from .config import AespaConfig, bits_of
@@ -184,7 +184,10 @@ def _owners(model: PreTrainedModel) -> dict[str, str]:
 def _each_block(run: "Run") -> Iterator[BlockRun]:
     "The blocks of a run, each on its device and in the working precision until the next is asked for."
     model, config, owners, paths = run.model, run.config, _owners(run.model), stacks_of(run.model)
-    new = lambda path: BlockStream(model, run.inputs, config.batch_size, run.device, config.dtype, path, run.team)
+    whole, options = config.method != "layers" or config.tuning, (config.batch_size, run.device, config.dtype)
+    new = lambda path: (BlockStream if whole else open_stream)(model, run.inputs, *options, path, run.team)
+    if whole and without_padding(run.inputs)[0] is not run.inputs:
+        run.report.notes.append("padding counts as text where blocks are learned as a whole: give texts of one length")
     with contextlib.ExitStack() as stack:
 
         def stream(path):

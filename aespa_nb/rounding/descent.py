@@ -69,26 +69,25 @@ def _least_scale(scale):
     return torch.finfo(scale.dtype).eps ** 0.5 * scale
 
 
-def _joint_minimum(matrix, b, scale):
-    "The `x` with the least `x A x - 2 b x`, `A = matrix()`, if `scale + x` is positive; else a lower point than 0."
-    A = matrix()  # may be the largest thing in memory: factorized in its own place, and made again where needed
-    diagonal, kind = A.diagonal(dim1=-2, dim2=-1), torch.finfo(A.dtype)
-    with one_thread():  # the same bits on any number of threads
-        diagonal += kind.eps * diagonal.mean(-1, keepdim=True) + kind.tiny
-        L, info = torch.linalg.cholesky_ex(A.mT, out=(A.mT, torch.empty(len(A), dtype=torch.int32, device=A.device)))
-        half = torch.linalg.solve_triangular(L, b[..., None], upper=False)
-        x = torch.linalg.solve_triangular(L.mT, half, upper=True)[..., 0]
-    good = (info == 0) & ((b * x).sum(-1) >= 0) & (x.isfinite() & (scale + x > _least_scale(scale))).all(-1)
-    if good.all():
-        return x
-    del A, L, diagonal
-    A = matrix()
-    times = lambda x: (A @ x[..., None])[..., 0]
-    safe, steep = torch.zeros_like(b), A.abs().sum(-1)
-    for _ in range(20):
-        trial = safe + torch.where(steep > 0, (b - times(safe)) / steep, 0).nan_to_num(0, 0, 0)
-        safe = torch.where(scale + trial > _least_scale(scale), trial, safe)
-    return torch.where(good[:, None], x, safe)
+def _joint_minimum(A, b, scale):
+    "The `x` with the least `x A x - 2 b x`, by conjugate gradients; scales that would not stay positive stay."
+    inv = _inverse_diagonal(A)
+    while True:
+        x, r, d = torch.zeros_like(b), b, inv * b
+        left = first = (r * d).sum(-1, keepdim=True)
+        for _ in range(50):
+            with one_thread():  # the same bits on any number of threads
+                Ad = (A @ d[..., None])[..., 0]
+            step = (left / (d * Ad).sum(-1, keepdim=True).clamp(min=0)).nan_to_num(0, 0, 0)
+            x, r = x + step * d, r - step * Ad
+            before, left = left, (r * inv * r).sum(-1, keepdim=True)
+            if not (left > 1e-6 * first).any():
+                break
+            d = inv * r + (left / before).nan_to_num(0, 0, 0) * d
+        fits = scale + x > _least_scale(scale)
+        if fits.all():
+            return x
+        inv = torch.where(fits, inv, 0)
 
 # %% ../../nbs/rounding/16_descent.ipynb #ed9da466
 class _Problem(NamedTuple):
@@ -159,7 +158,7 @@ def _refit(p, s, P):
             x = (b / (T[..., cols] * C).sum(-1)).nan_to_num(0, 0, 0)
             x = torch.where(now + x > _least_scale(now), x, 0)
         else:
-            x = _joint_minimum(lambda T=T[..., cols], C=C: (T @ C.mT).mul_(p.G), b, now)
+            x = _joint_minimum((T[..., cols] @ C.mT).mul_(p.G), b, now)
         scale[..., g] += x
         moved += T.mul_(x[..., None])
     return s._replace(scale=scale), P.add_(weighed(moved))
@@ -273,7 +272,7 @@ def descend(
     H: Hessian,  # weighs the inputs; positive semidefinite, one for all heads or one each
     G: Float[Tensor, "*#heads out out"] | None = None,  # weighs the rows of a head; None: rows are independent
     start: Weight | None = None,  # codes (None: the nearest)
-    sweeps: tuple[int, int] = (10, 2),  # at most: of single moves, of chains
+    sweeps: tuple[int, int] = (3, 3),  # at most: of single moves, of chains
     refit: bool = True,  # fit the scales to the codes after every sweep
     backend: str | None = None,  # "torch", "numba" or "triton"; None: the fastest that is there
 ) -> DescentResult:
@@ -323,7 +322,7 @@ def best_of_starts(
     H: Hessian,
     G: Float[Tensor, "*#heads out out"] | None,
     starts: list[tuple[Grid, Weight | None]],  # grids of one layout, and codes (None: the nearest)
-    sweeps: tuple[int, int] = (10, 2),  # at most: of single moves from each start, of chains from the best
+    sweeps: tuple[int, int] = (3, 3),  # at most: of single moves from each start, of chains from the best
     **options,  # of `descend`
 ) -> DescentResult:  # `losses` begins with the best of the starts' descents
     "Descends from every start, keeps the best for each row (with `G` for each head), and goes on with chains."

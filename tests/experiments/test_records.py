@@ -12,17 +12,20 @@ from aespa_nb import AespaConfig
 # (What is not on it is told by how its name begins.)
 STAMPED = tuple("compare scale loading pays attention smollm2 families demo texts layers campaign".split())
 UNSTAMPED = [f"{name}.json" for name in records.OWNERS if not name.startswith(STAMPED)] + ["compare-*/runs/*.json"]
+# Made when the descent made ten sweeps of single moves and two of chains, not three of each; their pages say so.
+TEN_SWEEPS = ["pays.json", "campaign.json", "smollm2.json", "compare-*/runs/best-*.json", "compare-*/runs/max-*.json"]
 
 
 def test_no_record_is_stale():
     "Run `make records`, or `python experiments/records.py NAME`, for what is named here."
-    known = lambda path, why: why == "unstamped" and any(fnmatch.fnmatch(path, name) for name in UNSTAMPED)
+    lists = {"unstamped": UNSTAMPED, "made with numerics 1; now they are 2": TEN_SWEEPS}
+    known = lambda path, why: any(fnmatch.fnmatch(path, name) for name in lists.get(why, ()))
     assert {path: why for path, why in records.reasons().items() if not known(path, why)} == {}
 
 
 def test_the_list_shrinks():
     stale = records.reasons()
-    assert [name for name in UNSTAMPED if not fnmatch.filter(stale, name)] == [], "has a stamp now: off the list"
+    assert [name for name in (*UNSTAMPED, *TEN_SWEEPS) if not fnmatch.filter(stale, name)] == [], "off the list"
 
 
 def test_every_record_has_an_owner():

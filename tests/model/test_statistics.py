@@ -16,7 +16,7 @@ from aespa_nb.model.capture import capture_attention, capturing
 from aespa_nb.model.phases import timed
 from aespa_nb.model.roles import Role
 from aespa_nb.model.statistics import AttentionCollector, Batch, InputCollector, block_losses, parts_of, survey
-from aespa_nb.model.stream import BlockStream
+from aespa_nb.model.stream import as_inputs, open_stream
 from aespa_nb.rounding.hessian import Gram
 from models import small
 
@@ -27,14 +27,15 @@ TOKENS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0
 def first_block(kind, tokens=TOKENS):
     "Model, first block, and the stream before it."
     model = small(kind, torch.float64)
-    with torch.no_grad(), capturing(model), contextlib.closing(BlockStream(model, tokens, batch_size=2)) as stream:
+    with torch.no_grad(), capturing(model), contextlib.closing(open_stream(model, as_inputs(tokens), 2)) as stream:
         yield model, model.get_submodule(stacks_of(model)[0])[0], stream
 
 
 def read(kind, tokens, objective, team=None):
     "Losses, with a full-precision stream beside; it is the same but for a factor."
     with first_block(kind, tokens) as (model, block, stream), first_block(kind, tokens) as (_, reference, full):
-        full.hidden *= 1.1
+        for part in getattr(full, "streams", [full]):
+            part.hidden *= 1.1
         stream.team = team or stream.team
         return block_losses(model, block, stream, objective, torch.float64, full=(reference, full))
 
@@ -67,6 +68,33 @@ class Halves:
 def apart(A, B):
     "Relative distance."
     return ((A - B).norm() / B.norm()).item()
+
+
+def padded(lengths, left):
+    "Rows of `TOKENS` cut to `lengths`, with padding on one side and the mask that says so."
+    mask = torch.arange(TOKENS.shape[1]) < torch.tensor(lengths)[:, None]
+    ids = torch.where(mask, TOKENS, 1)
+    turn = lambda x: torch.stack([row.roll(len(row) - n) for row, n in zip(x, lengths)]) if left else x
+    return dict(input_ids=turn(ids), attention_mask=turn(mask.long()))
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("objective", ["layer", "attention", "gauss-newton"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "neox"])
+def test_padding_counts_in_no_statistic(kind, objective, left):
+    plain, found = read(kind, TOKENS[:, :11], objective), read(kind, padded([11] * 4, left), objective)
+    for key, loss in plain.losses.items():
+        for a, b in zip((found.losses[key].H, found.losses[key].G), (loss.H, loss.G)):
+            assert (a is None and b is None) or apart(a, b) < 1e-12
+        assert apart(found.accumulated_errors[key].S, plain.accumulated_errors[key].S) < 1e-9
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_every_token_of_texts_of_several_lengths_counts_once(left):
+    mixed = read("llama", padded([9, 16, 9, 16], left), "attention").losses
+    short, long = (read("llama", tokens, "attention").losses for tokens in (TOKENS[::2, :9], TOKENS[1::2]))
+    for key in mixed:
+        assert apart(mixed[key].H, (9 * short[key].H + 16 * long[key].H) / 25) < 1e-12
 
 
 @pytest.mark.parametrize("objective", ["layer", "attention", "gauss-newton"])

@@ -243,6 +243,19 @@ def test_a_dictionary_of_inputs_is_as_good_as_tokens():
         quantize_model(models[0], dict(input_ids=TOKENS, attention_mask=TOKENS[:2]), quick("gptq"))
 
 
+@pytest.mark.parametrize("preset", ["gptq", "best"])
+def test_padding_changes_no_code(preset):
+    models, mask = [fresh("llama"), fresh("llama")], (torch.arange(16) < 12).long().expand(len(TOKENS), -1)
+    for model, inputs in zip(models, (TOKENS[:, :12], dict(input_ids=TOKENS * mask, attention_mask=mask))):
+        quantize_model(model, inputs, quick(preset))
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+    notes = quantize_model(fresh("llama"), inputs, quick("signround")).notes
+    assert any("padding counts as text" in note for note in notes)
+    nothing = mask.clone().index_fill(0, torch.tensor(3), 0)
+    with pytest.raises(AespaError, match="sequence 3 is nothing but padding"):
+        quantize_model(fresh("llama"), inputs | dict(attention_mask=nothing), quick())
+
+
 def test_attention_that_is_not_heard_is_an_error():
     model, heard = fresh("llama"), []
     with torch.no_grad(), capture_attention(lambda *args: heard.append(args)):
