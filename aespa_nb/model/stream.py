@@ -153,15 +153,11 @@ class BlockStream:
                     kept.extend(call[key].split(len(call[key]) // size))
         self.own = {key: torch.stack(kept) for key, kept in own.items()}  # arguments that belong to their sequence
         self.calls = [_to(call, self.device, self.dtype) for call in calls]
+        self.tokens = self.hidden.shape[:2].numel()  # of this process's sequences
 
     def close(self) -> None:
         "Frees the hidden states."
         self.hidden = self.hidden[:0].clone()
-
-    @property
-    def tokens(self) -> int:
-        "Tokens of this process's sequences."
-        return self.hidden.shape[:2].numel()
 
     def arguments(self, seqs: slice | Int[Tensor, " batch"]) -> tuple[tuple, dict]:
         "What the next block is called with beside the hidden states of the sequences `seqs`."
@@ -231,14 +227,11 @@ class SplitStream(BlockStream):
     def __init__(self, streams: list[BlockStream]):
         self.streams, first = streams, streams[0]
         self.batch_size, self.device, self.dtype, self.team = first.batch_size, first.device, first.dtype, first.team
+        self.tokens = sum(stream.tokens for stream in streams)
 
     @property
     def hidden(self) -> Tensor:
         return self.streams[0].hidden
-
-    @property
-    def tokens(self) -> int:
-        return sum(stream.tokens for stream in self.streams)
 
     def close(self) -> None:
         for stream in self.streams:
