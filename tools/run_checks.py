@@ -17,7 +17,7 @@ STEPS = {
     "The site builds without a warning": ["make", "--no-print-directory", "docs"],
     "The site and JupyterLab in a browser": [PY, "-m", "pytest", *BROWSER, *TWO, "worksteal", "--timeout=400"],
 }
-FOREIGN = list(STEPS)[-1]  # a browser may hang or crash on its own: what failed is tried once more, in a new one
+RETRIED = list(STEPS)[-1]  # a browser may hang or crash on its own: what failed is tried once more, in a new one
 ENV = dict(os.environ, PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
 
 
@@ -35,7 +35,7 @@ if __name__ == "__main__":
         print(f"\n=== {i}/{len(STEPS)} {title}", flush=True)
         began = time.time()
         status, (ok, failed, left_out) = run(command)
-        if status and title == FOREIGN:
+        if status and title == RETRIED:
             status, (more, failed, _) = run([*command, "--last-failed"])
             ok += more
         print(f"--- {time.time() - began:.0f} s", flush=True)

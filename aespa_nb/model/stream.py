@@ -222,7 +222,7 @@ def without_padding(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 # %% ../../nbs/model/43_stream.ipynb #43pad3
 class SplitStream(BlockStream):
-    "Streams of sequences of several lengths, one after another; the first, with the longest, answers for all."
+    "Streams of sequences of several lengths, one after another; `hidden` and `arguments` are those of the longest."
 
     def __init__(self, streams: list[BlockStream]):
         self.streams, first = streams, streams[0]
