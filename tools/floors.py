@@ -4,4 +4,4 @@
 """
 
 FLOORS = "errors notation rounding attention data model baselines quantize export experiments options cli".split()
-ANYWHERE = ["plots"]  # stands beside the house: anyone may import it
+ANYWHERE = ["plots", "puzzles"]  # stand beside the house

@@ -52,7 +52,9 @@ for result in [*results, X.softmax(-1), X.sum(), X.sin(), X.tanh(), X.mean(-1), 
 print(digest.hexdigest()[:12])
 """
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload("ipykernel.kernelapp matplotlib.pyplot pandas aespa_nb.quantize.model".split())
+FORKS.set_forkserver_preload(  # and what this file imports, which a forked process runs first
+    "ipykernel.kernelapp matplotlib.pyplot pandas aespa_nb.quantize.model nbclient nbdev.clean nbdev.process".split()
+)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = ["--log-level=40", '--InlineBackend.figure_formats={"svg"}']
 

@@ -33,7 +33,7 @@ from ..model.phases import phase
 from ..model.stream import BlockStream, IdleError, as_inputs, open_stream, without_padding
 from ..model.team import ALONE, Team
 from .block import BlockRun
-from .config import AespaConfig, bits_of
+from .config import SOLVERS, AespaConfig, bits_of
 from .journal import fingerprint, open_journal
 from .layer import RoundedLayer, round_layer
 from .report import QuantReport, config_fields, peak_memory, progress_bar
@@ -143,7 +143,9 @@ def run_header(model: PreTrainedModel, inputs: dict[str, Tensor], config: AespaC
 # %% ../../nbs/quantize/67_run.ipynb #c8514802
 @functools.cache
 def _warm_up(solver: str) -> None:
-    "Rounds toy layers, so that what the solver loads or compiles at first use is in memory."
+    "Rounds toy layers, so that what one of our solvers loads or compiles at first use is in memory."
+    if callable(SOLVERS[solver]):
+        return  # somebody's own, which may take layers of one form alone
     config, eye = AespaConfig(solver=solver, iterations=1, starts=2), torch.eye(4)
     with progress_bar(1, False):
         for G in (None, torch.eye(2).expand(2, 2, 2)):
