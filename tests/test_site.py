@@ -286,3 +286,39 @@ def test_a_figure_that_moves(tab):
     turn_dark(tab)
     tab.locator(".explore").screenshot(path=SHOTS / "explore-corners-dark.png")
     assert tab.wrong == []
+
+
+FIGURES = {  # those with sliders: page -> what a mark is that has to follow each of them
+    "rounding/10_grid": ".value, .here",
+    "rounding/11_hessian": ".best",
+    "rounding/13_gptq": ".rounded, .free",
+    "attention/21_block_error": ".share",
+    "attention/22_kronecker_losses": "rect",
+    "quantize/66_bit_allocation": ".price",
+}
+
+
+@pytest.mark.parametrize("chapter", FIGURES)
+def test_every_slider_moves_its_figure(tab, chapter):
+    "By keys and by mouse, on a telephone too, in colours that can be read by day and by night."
+    visit(tab, f"nbs/{chapter}.html")
+    figure, marks = tab.locator(".explore"), f".explore svg :is({FIGURES[chapter]})"
+    drawn = lambda: tab.evaluate("s => [...document.querySelectorAll(s)].map(e => e.outerHTML).join()", marks)  # noqa: E731
+    assert figure.locator(".still").count() == 0 and figure.locator("[role=status]").inner_text()
+    for slider in figure.locator("input").all():
+        slider.focus()
+        tab.keyboard.press("Home")
+        first = drawn()
+        tab.keyboard.press("End")
+        assert drawn() != first, slider.get_attribute("name")
+        box = slider.bounding_box()
+        tab.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+        assert slider.input_value() not in ("0", slider.get_attribute("max"))
+    assert barriers(tab, ".explore", runOnly=["color-contrast", "label"]) == []
+    figure.screenshot(path=SHOTS / f"explore-{chapter.split('/')[1]}.png")
+    tab.set_viewport_size({"width": 360, "height": 800})
+    assert figure.evaluate("e => e.scrollWidth <= e.clientWidth && e.getBoundingClientRect().right <= 360")
+    figure.screenshot(path=SHOTS / f"explore-{chapter.split('/')[1]}-360.png")
+    turn_dark(tab)
+    assert barriers(tab, ".explore", runOnly=["color-contrast", "label"]) == []
+    assert tab.wrong == []
