@@ -318,6 +318,7 @@ def test_every_slider_moves_its_figure(tab, chapter):
     figure.screenshot(path=SHOTS / f"explore-{chapter.split('/')[1]}.png")
     tab.set_viewport_size({"width": 360, "height": 800})
     assert figure.evaluate("e => e.scrollWidth <= e.clientWidth && e.getBoundingClientRect().right <= 360")
+    assert all(slider.bounding_box()["width"] > 200 for slider in figure.locator("input").all())
     figure.screenshot(path=SHOTS / f"explore-{chapter.split('/')[1]}-360.png")
     turn_dark(tab)
     assert barriers(tab, ".explore", runOnly=["color-contrast", "label"]) == []
