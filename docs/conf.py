@@ -53,6 +53,7 @@ html_title = cfg.title
 html_baseurl = f"{cfg.doc_host}{cfg.doc_baseurl}/"
 html_static_path = ["_static", str(MATHJAX)]
 html_css_files = ["custom.css"]
+html_favicon = "_static/favicon.svg"
 html_js_files = ["access.js"]
 html_sourcelink_suffix = ""  # so that the download button finds x.ipynb
 html_show_search_summary = False  # summaries are fetched, which a page opened from a file may not do

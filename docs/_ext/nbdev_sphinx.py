@@ -8,6 +8,7 @@ names in backticks link to the API reference. The start page is README.md, which
 from __future__ import annotations
 
 import ast
+import html
 import json
 import re
 import shutil
@@ -259,8 +260,60 @@ def drop_unread_sources(app):
     return []
 
 
+# --- after the build ----------------------------------------------------------------------------------------------
+
+
+def card(path):
+    "What a link to the site looks like elsewhere: its name, and what is left of round-to-nearest's error."
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    from aespa_nb.plots import COLOURS, use_style
+
+    use_style()
+    rows = json.loads((ROOT / "nbs/runs/demo.json").read_text(encoding="utf-8"))["rows"]
+    kl = {r["method"]: r["kl"] for r in rows if r["bits"] == 2}
+    fig, ax = plt.subplots(figsize=(12, 6.3), dpi=100)
+    fig.subplots_adjust(left=0.13, right=0.92, bottom=0.08, top=0.62)
+    ax.barh(list(kl), list(kl.values()), color=[COLOURS[name == "best"] for name in kl])
+    for i, value in enumerate(kl.values()):
+        ax.text(value, i, f" {value:.2f}", va="center", fontsize=18)
+    ax.invert_yaxis()
+    ax.tick_params(labelsize=20, length=0)
+    ax.set(xticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    fig.text(0.05, 0.86, "aespa_nb", fontsize=44, weight="bold")
+    fig.text(0.05, 0.74, "Attention-aware quantization of Transformers, step by step", fontsize=24)
+    fig.text(0.05, 0.66, "KL to the full model at 2 bits per weight", fontsize=18, color="0.4")
+    with plt.rc_context({"savefig.bbox": None}):
+        fig.savefig(path)
+    plt.close(fig)
+
+
+def finish(app, exception):
+    "Takes the theme's script of icons off the pages (custom.css draws those in use), and says what a link shows."
+    if exception or app.builder.name != "html":
+        return
+    out, cfg = Path(app.outdir), get_config(path=ROOT)
+    card(out / "_static/card.png")
+    shown = {"title": cfg.title, "description": cfg.description, "image": f"{app.config.html_baseurl}_static/card.png"}
+    tags = "".join(f'<meta property="og:{k}" content="{html.escape(v)}">' for k, v in shown.items())
+    tags += '<meta name="twitter:card" content="summary_large_image">'
+    for page in out.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"<script[^>]*/fontawesome\.js[^>]*></script>", "", text)
+        text = re.sub(r"<link[^>]*/fontawesome\.js[^>]*>", "", text)
+        page.write_text(text.replace("</head>", tags + "</head>", 1), encoding="utf-8")
+    for path in (out / "_static/scripts").glob("fontawesome*"):
+        path.unlink()
+
+
 def setup(app):
     get_config(path=ROOT)
+    app.connect("build-finished", finish)
     app.connect("config-inited", lay_out_sources, priority=100)
     app.connect("source-read", read)
     app.connect("html-collect-pages", drop_unread_sources, priority=100)
