@@ -113,7 +113,7 @@ def explorable(
 
 # %% ../nbs/start/07_plots.ipynb #07diag02
 def draw_diagram(
-    boxes: dict[str, tuple],  # name -> (x, y, text), and a colour if it matters more than others
+    boxes: dict[str, tuple],  # name -> (x, y, text), and a colour if it matters; "none": no box
     arrows: list[tuple[str, str]],  # from, to
     size: tuple[float, float],  # of the figure, inches; a step of 1 in y is as long as one in x
 ) -> Figure:
@@ -124,8 +124,8 @@ def draw_diagram(
     ax.set(xlim=edge(0, 0.6), ylim=edge(1, 0.5))
     drawn = {}
     for name, (x, y, text, *colour) in boxes.items():
-        look = dict(ec=colour[0], fc=to_rgba(colour[0], 0.15)) if colour else dict(ec="0.6", fc="white")
-        look = dict(boxstyle="round,pad=0.35", lw=1.2, **look)
+        edge_of, face = (colour[0], to_rgba(colour[0], 0.15)) if colour else ("0.6", "white")
+        look = dict(boxstyle="round,pad=0.35", lw=1.2, ec=edge_of, fc=face)
         drawn[name] = ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=look, zorder=3)
     for a, b in arrows:
         ends = dict(patchA=drawn[a].get_bbox_patch(), patchB=drawn[b].get_bbox_patch(), shrinkA=1, shrinkB=1)

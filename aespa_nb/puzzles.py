@@ -44,15 +44,19 @@ def _difference(given, wanted) -> str:
         return "it returns nothing yet"
     if isinstance(wanted, tuple):
         fit = isinstance(given, tuple | list) and len(given) == len(wanted)
-        parts = map(_difference, given, wanted) if fit else [f"it should give {len(wanted)} things"]
-        return next(filter(None, parts), "")
-    given, wanted = torch.as_tensor(given).detach().double(), wanted.double()
+        parts = enumerate(map(_difference, given, wanted), 1) if fit else [(1, f"give {len(wanted)} things")]
+        return next((f"of what it returns, number {i}: {said}" for i, said in parts if said), "")
+    given = torch.as_tensor(list(given) if isinstance(given, bytes) else given).detach().double()
+    wanted = wanted.double()
     if given.shape != wanted.shape:
         return f"its shape is {list(given.shape)}, and should be {list(wanted.shape)}"
-    if torch.allclose(given, wanted, rtol=1e-6, atol=1e-9):
+    apart = ~torch.isclose(given, wanted, rtol=1e-6, atol=1e-9)
+    if not apart.any():
         return ""
-    apart = (given - wanted).abs() > 1e-6 * wanted.abs() + 1e-9
-    return f"{int(apart.sum())} of {apart.numel()} values differ, by up to {(given - wanted).abs().max():.3g}"
+    factor, (here, there) = given[apart] / wanted[apart], (t[apart][0].item() for t in (given, wanted))
+    if apart.sum() > 1 and torch.allclose(factor, factor[:1], rtol=1e-6):
+        return f"it is {factor[0]:.4g} times what it should be"
+    return f"{int(apart.sum())} of {apart.numel()} values are wrong, such as {here:.4g} where {there:.4g} should be"
 
 
 def check(answer: Callable) -> bool:
@@ -71,7 +75,8 @@ def check(answer: Callable) -> bool:
             break
     ANSWERS.pop(name, None)
     if problem:
-        print(f"{name}: not yet, {problem}" + (f" (case {i + 1})" if i else "") + f'. hint("{name}") helps.')
+        where = " (on other arguments than the figure shows)" if i else ""
+        print(f'{name}: not yet, {problem}{where}. hint("{name}") helps.')
     else:
         ANSWERS[name] = answer
         print(f"{name}: right. {len(ANSWERS)} of {len(PUZZLES)} are solved.")
@@ -89,9 +94,11 @@ def check(answer: Callable) -> bool:
 
 def hint(name: str, step: int = 1) -> None:
     "Prints a hint, the first or a later one. Raises `AespaError` if there is none."
-    if name not in PUZZLES or not 1 <= step <= len(PUZZLES[name].hints):
-        raise AespaError(f"no such hint: the puzzles are {', '.join(PUZZLES)}, with hints 1 to 2 or 3")
-    print(f"{step} of {len(PUZZLES[name].hints)}: {PUZZLES[name].hints[step - 1]}")
+    if name not in PUZZLES:
+        raise AespaError(f"no puzzle is called {name}, but {', '.join(PUZZLES)}")
+    if not 1 <= step <= (n := len(PUZZLES[name].hints)):
+        raise AespaError(f"{name} has {n} hints")
+    print(f"{step} of {n}: {PUZZLES[name].hints[step - 1]}")
 
 # %% ../nbs/start/09_puzzle_checks.ipynb #puz-x3
 def _bars(ax, value, *_):
@@ -241,7 +248,7 @@ def _assembled(W, grid, loss, config):
 NEEDED = ("codes", "fitted_grid", "compensate", "price_of_moves")
 
 
-def board(others: dict[str, float], windows: int = 64, progress: bool = True) -> float | None:
+def board(others: dict[str, float] | None = None, windows: int = 64, progress: bool = True) -> float | None:
     "Rounds the bundled model to 2 bits with the answers and draws its KL among `others`; None if some are missing."
     if missing := [name for name in NEEDED if name not in ANSWERS]:
         print(f"Solve {', '.join(missing)} first.")
@@ -250,7 +257,7 @@ def board(others: dict[str, float], windows: int = 64, progress: bool = True) ->
     SOLVERS["yours"], model = _assembled, copy.deepcopy(full)
     config = AespaConfig(bits=2, objective="layer", solver="yours", grid="minmax", damping=0.01)
     quantize_model(model, drawing(calib, windows)(0), config, progress)
-    found = {**others, "yours": kl_divergence(full, model, heldout[: 2 * windows])}
+    found = {**(others or {}), "yours": kl_divergence(full, model, heldout[: 2 * windows])}
     found = dict(sorted(found.items(), key=lambda pair: -pair[1]))
     fig, ax = plt.subplots(figsize=(6, 0.5 + 0.3 * len(found)))
     ax.barh(list(found), list(found.values()), color=[COLOURS[name == "yours"] for name in found])

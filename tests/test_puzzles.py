@@ -107,7 +107,7 @@ def test_solved_by_a_few_lines_and_by_nothing_else(name, capsys):
         assert not puzzles.check(spoiled(SOLVED[name], how)) and name not in puzzles.ANSWERS
         assert "not yet" in (said := capsys.readouterr().out) and "hint" in said
     puzzles.hint(name, len(puzzles.PUZZLES[name].hints))
-    with pytest.raises(AespaError, match="no such hint"):
+    with pytest.raises(AespaError, match=" hints"):
         puzzles.hint(name, len(puzzles.PUZZLES[name].hints) + 1)
 
 
@@ -120,7 +120,7 @@ def test_every_untouched_cell_is_told_so(capsys):
 
 
 def test_the_answers_make_a_quantizer(monkeypatch):
-    assert puzzles.board({}) is None
+    assert puzzles.board() is None
     puzzles.ANSWERS.update(SOLVED)
     short = lambda: full._replace(calib=full.calib[:4, :64], heldout=full.heldout[:, :64])
     full = puzzles.load_reference()

@@ -3,7 +3,6 @@ document.addEventListener("DOMContentLoaded", () => {
   const all = (selector, change) => document.querySelectorAll(selector).forEach(change);
   all("li > details > summary:has(.toctree-toggle)", (e) =>
     e.setAttribute("aria-label", `Pages of ${e.closest("li").querySelector("a").textContent}`));
-  all("article img", ({ parentElement: e }) => e.scrollWidth > e.clientWidth && (e.tabIndex = 0)); // pushed sideways
   all("details.hide > summary", (e) => e.removeAttribute("aria-label")); // the bar says what is in it
   all("dt > dl", (e) => e.setAttribute("role", "presentation")); // the lines of a long signature
   all(".bd-sidebar-primary", (e) => (e.setAttribute("role", "complementary"), e.setAttribute("aria-label", "Site")));

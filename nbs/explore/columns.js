@@ -21,8 +21,8 @@
       });
       const before = k && data.steps[at.correlation][k - 1], sum = `At the end the loss is ${losses[0].toFixed(3)}; of the nearest values it is ${losses[1].toFixed(3)}.`;
       if (!k) return [marks, `Nothing is rounded yet. ${sum}`];
-      const move = (j) => `${now[j] < before[j] ? "down" : "up"} by ${Math.abs(now[j] - before[j]).toFixed(3)}`;
-      return [marks, `Weight ${k} went ${move(k - 1)} to ${now[k - 1].toFixed(1)}${k < n ? `; those after it went ${move(k)}` : ""}. ${sum}`];
+      const by = (j) => Math.abs(now[j] - before[j]), way = (j) => (by(j) < 5e-4 ? "stayed" : `went ${now[j] < before[j] ? "down" : "up"} by ${by(j).toFixed(3)}`);
+      return [marks, `Weight ${k} ${way(k - 1)}, to ${now[k - 1].toFixed(1)}${k < n ? `; those after it ${way(k)}` : ""}. ${sum}`];
     },
   };
 }

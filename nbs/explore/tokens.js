@@ -1,12 +1,12 @@
-// What one head attends to, and how much each token then counts in the loss of V: the diagonal of A^T A.
+// What one head attends to, and how much each token then counts for V: the diagonal of A^T A.
 (data, make) => {
   const n = data.tokens.length, cell = 288 / n;
   return {
     sliders: { block: "block", head: "head" },
     view: "0 0 600 330",
     width: "38rem",
-    alt: "Heat map of the attention of a head, and bars of the weight of each token in the loss of V",
-    caption: "Left: attention, a row for each query, darker is more. Right: the share of each token in the loss of V, which is the diagonal of A-transposed times A; the line is the layer-wise loss, for which all tokens are alike.",
+    alt: "Heat map of the attention of a head, and bars of what each token has of the diagonal of A-transposed times A",
+    caption: "Left: attention, a row for each query, a stronger blue is more. Right: the diagonal of A-transposed times A, by token, as shares; the line is the identity of the layer-wise loss, for which all tokens are alike.",
     draw: (at) => {
       const A = data.attention[at.block][at.head], share = Array(n).fill(0), marks = [];
       A.forEach((row, m) => row.forEach((v, j) => {
@@ -23,7 +23,7 @@
       marks.push(make("path", { d: `M${line} 16V308`, stroke: "currentColor", "stroke-dasharray": "4 3" }));
       marks.push(make("text", { x: 144, y: 325, "font-size": 13, "text-anchor": "middle" }, "token looked at"));
       const effective = 1 / part.reduce((a, v) => a + v * v, 0);
-      return [marks, `“${data.tokens[at_top]}”, token ${at_top + 1} of ${n}, makes up ${(100 * top).toFixed(0)} % of the weights; layer-wise each has ${(100 / n).toFixed(0)} %. The loss sees as much as ${effective.toFixed(1)} equal tokens would show.`];
+      return [marks, `“${data.tokens[at_top]}”, token ${at_top + 1} of ${n}, has ${(100 * top).toFixed(0)} % of the diagonal; layer-wise each has ${(100 / n).toFixed(0)} %. Effective number of tokens: ${effective.toFixed(1)} of ${n}.`];
     },
   };
 }

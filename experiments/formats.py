@@ -1,0 +1,85 @@
+"""A small model of each family, exported in each format and read in a new process; to nbs/runs/formats.json.
+
+    python experiments/formats.py           all families, minutes
+    python experiments/formats.py Mixtral   only those with this in their names, printed
+
+Rounded to nearest at 4 bits, once with a scale for each row and once in groups of 32. compressed-tensors and dense
+folders are read by stock transformers, which must find every tensor and expect no other; gptq folders by our own
+reader, since transformers reads them through a package that isn't installed here.
+"""
+
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers as hf
+from aespa_nb import AespaConfig, AespaError, export_model, quantize_model
+from common import fresh, measured
+from families import AUTO, FAMILIES, FEW, GQA, HEADS, build, inputs
+from safetensors.torch import load_file, save_file
+
+FAMILIES |= {  # more of them, for which no attention error was measured
+    "Qwen2-MoE": ("Qwen2Moe", dict(GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                                   shared_expert_intermediate_size=32)),
+    "OLMoE": ("Olmoe", dict(GQA, num_experts=4, num_experts_per_tok=2)),
+    "PhiMoE": ("Phimoe", dict(GQA, **FEW)),
+    "GLM-4": ("Glm4", HEADS),
+    "SmolLM3": ("SmolLM3", GQA),
+}  # fmt: skip
+FORMATS, GROUPS = ("compressed-tensors", "gptq", "dense"), (None, 32)
+
+
+def output(model, data: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**data)[0]
+
+
+def read(place: Path, family: str) -> list[dict]:
+    "In a new process, for each folder: the largest difference of the output, and tensors not as expected."
+    data, found = load_file(place / "inputs.safetensors"), []
+    for job in json.loads((place / "jobs.json").read_text()):
+        folder, expected = place / job["folder"], load_file(place / f"{job['folder']}.safetensors")["output"]
+        if job["format"] == "gptq":
+            from aespa_nb import read_quantized
+
+            model, odd = read_quantized(folder).model, []
+        else:
+            kind = AUTO.get(family, hf.AutoModelForCausalLM)
+            model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            odd = [str(x) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") for x in told[k]]
+        apart = float((output(model.eval(), data) - expected).abs().max() / expected.abs().max())
+        found.append(dict(job, apart=apart, odd=odd))
+    return found
+
+
+def row(job: dict) -> dict:
+    "A family in all formats: what a new process found in each, or the line in which the export was refused."
+    family, found, jobs = job["family"], [], []
+    data = inputs(family, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        save_file(data, place / "inputs.safetensors")
+        for size in GROUPS:
+            rounded = build(family)
+            report = quantize_model(rounded, inputs(family), AespaConfig.preset("rtn", 4, group_size=size))
+            for form in FORMATS:
+                model, name, told = copy.deepcopy(rounded), f"{form}-{size}", dict(format=form, group_size=size)
+                try:
+                    done = export_model(model, copy.deepcopy(report), place / name, form)
+                except AespaError as e:
+                    found.append(dict(told, refused=str(e)))
+                    continue
+                save_file({"output": output(model, data).contiguous()}, place / f"{name}.safetensors")
+                jobs.append(dict(told, folder=name, kept=len(done.dense) if form != "dense" else 0))
+        (place / "jobs.json").write_text(json.dumps(jobs))
+        return dict(formats=found + fresh(__file__, "--read", place, family))
+
+
+if __name__ == "__main__":
+    if "--read" in sys.argv:
+        print(json.dumps(read(Path(sys.argv[2]), sys.argv[3])))
+    else:
+        measured("formats", [dict(family=name) for name in FAMILIES], row, next(iter(sys.argv[1:]), None))
