@@ -29,6 +29,7 @@ FAMILIES |= {  # more of them, for which no attention error was measured
     "GLM-4": ("Glm4", HEADS),
     "SmolLM3": ("SmolLM3", GQA),
 }  # fmt: skip
+FAMILIES["DeepSeek-V3"] = "DeepseekV3", {**FAMILIES["DeepSeek-V3"][1], "kv_lora_rank": 32}  # groups divide it
 FORMATS, GROUPS = ("compressed-tensors", "gptq", "dense"), (None, 32)
 
 
