@@ -59,7 +59,7 @@ def _difference(given, wanted) -> str:
     return f"{int(apart.sum())} of {apart.numel()} values are wrong, such as {here:.4g} where {there:.4g} should be"
 
 
-def check(answer: Callable) -> bool:
+def check(answer: Callable) -> None:
     "Tries an answer, named as in the puzzle, says whether it is right and draws what it gives beside what is wanted."
     if (name := answer.__name__) not in PUZZLES:
         raise AespaError(f"no puzzle is called {name}: keep the function's name, one of {', '.join(PUZZLES)}")
@@ -89,7 +89,6 @@ def check(answer: Callable) -> bool:
         except Exception:  # of a wrong type or shape, which is said above
             ax.text(0.5, 0.5, "?", fontsize=24, ha="center", va="center", transform=ax.transAxes)
     plt.show()
-    return not problem
 
 
 def hint(name: str, step: int = 1) -> None:

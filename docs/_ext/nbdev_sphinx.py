@@ -112,7 +112,9 @@ def tag_cell(cell, after=""):
             tags.add("hide-cell" if cell.outputs and not figures_of(cell) else "hide-input")
         elif shows == ANSWER:
             tags.add("hide-cell")
-        elif "code-fold:" in d or shows.startswith("imports") or (figures_of(cell) and "export" not in d):
+        elif "code-fold" not in false and (
+            "code-fold:" in d or shows.startswith("imports") or (figures_of(cell) and "export" not in d)
+        ):
             tags.add("hide-input")
         if tags & {"hide-cell", "hide-input"}:
             meta |= {"code_prompt_show": shows, "code_prompt_hide": shows}
