@@ -115,7 +115,7 @@ def explorable(
 def draw_diagram(
     boxes: dict[str, tuple],  # name -> (x, y, text), and a colour if it matters; "none": no box
     arrows: list[tuple[str, str]],  # from, to
-    size: tuple[float, float],  # of the figure, inches; a step of 1 in y is as long as one in x
+    size: tuple[float, float],  # of the figure, inches
 ) -> Figure:
     "Boxes with text, in places of their own, and arrows from box to box."
     fig, ax = plt.subplots(figsize=size)
@@ -124,8 +124,8 @@ def draw_diagram(
     ax.set(xlim=edge(0, 0.6), ylim=edge(1, 0.5))
     drawn = {}
     for name, (x, y, text, *colour) in boxes.items():
-        edge_of, face = (colour[0], to_rgba(colour[0], 0.15)) if colour else ("0.6", "white")
-        look = dict(boxstyle="round,pad=0.35", lw=1.2, ec=edge_of, fc=face)
+        line, face = (colour[0], to_rgba(colour[0], 0.15)) if colour else ("0.6", "white")
+        look = dict(boxstyle="round,pad=0.35", lw=1.2, ec=line, fc=face)
         drawn[name] = ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=look, zorder=3)
     for a, b in arrows:
         ends = dict(patchA=drawn[a].get_bbox_patch(), patchB=drawn[b].get_bbox_patch(), shrinkA=1, shrinkB=1)

@@ -177,7 +177,7 @@ def _first_bytes(codes):
 # %% ../nbs/start/09_puzzle_checks.ipynb #puz-x5
 _W, _X, _T = tiny_weight(8, 16), tiny_inputs(16, 128), tiny_attention()
 _H, _GRID = _X @ _X.T / 128, minmax_grid(_W * 0.6, 2)
-_Q, _K = (_W_ @ _T.X[0] for _W_ in (_T.W_q, _T.W_k))
+_Q, _K = (W @ _T.X[0] for W in (_T.W_q, _T.W_k))
 _U, _E = inverse_factor(damp(_H)), _GRID.round(_W) - _W
 _A, _R = _causal(_Q[:4], _K[:4]), rope_matrices(*rope_cos_sin(12, 8))
 _POSITIVE = tiny_weight(4, 16, seed=3).abs() + 0.1

@@ -137,8 +137,8 @@ def packable(model: PreTrainedModel, layers: dict[str, RoundedLayer], form: str)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = {n: r for n, r in layers.items() if n in linears}
     if form == "compressed-tensors" and not is_symmetric(found):  # it can't unpack 4-bit zero-points of one word
-        lone = lambda r: r.grid.bits == 4 and r.shape[0] <= 8 and r.grid.scale.shape[1] > 1
-        found = {n: r for n, r in found.items() if not lone(r)}
+        narrow = lambda r: r.grid.bits == 4 and r.shape[0] <= 8 and r.grid.scale.shape[1] > 1
+        found = {n: r for n, r in found.items() if not narrow(r)}
     if not found:
         raise AespaError(f"no layer of this model can be packed as {form}: export as dense")
     for name, r in found.items():
