@@ -93,7 +93,7 @@ clean:
 
 # Stamps: made again when what is to be installed has changed.
 $(RUN): pyproject.toml constraints.txt tools/install.py
-	$(PYTHON) tools/install.py fast,fetch
+	$(PYTHON) tools/install.py fast
 	@touch $@
 
 $(DEV): $(RUN)

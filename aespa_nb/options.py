@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['app', 'MODEL', 'Trust', 'PRESETS_TEXT', 'PRICES', 'SET', 'KEEP', 'TEXT_SOURCES', 'Seqlen', 'Windows', 'BOS', 'Bos',
-           'Out', 'Form', 'Format', 'Quiet', 'option', 'set_up', 'command', 'Source', 'Changes', 'Recipe',
-           'window_length', 'Text', 'told', 'spelled_out', 'one_line']
+           'Out', 'Form', 'Format', 'Embeddings', 'FOR', 'Engine', 'PACKED', 'Quiet', 'option', 'set_up', 'command',
+           'Source', 'Changes', 'Recipe', 'window_length', 'Text', 'told', 'Storage', 'for_engine', 'spelled_out',
+           'one_line']
 
 # %% ../nbs/guides/89_options.ipynb #0fa0784a
 import inspect
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
@@ -90,7 +91,7 @@ def command(name: str, *examples: str, app: typer.Typer = app) -> Callable:
     return register
 
 # %% ../nbs/guides/89_options.ipynb #c355c9bc
-MODEL = "A model folder, a name on the Hugging Face hub, or: reference (the bundled model), smollm2 (fetched)."
+MODEL = "A folder, a .gguf file, a name on the Hugging Face hub, or: reference (the bundled model), smollm2 (fetched)."
 Trust = option(bool, "Model", "Run code that comes with it.", "--trust-remote-code")
 
 
@@ -108,8 +109,8 @@ class Source:
         return load_model(self.model, trust_remote_code=self.trust_remote_code)
 
     def refuse_rounded(self) -> None:
-        "Raises `AespaError` for a folder that we have written."
-        if (Path(self.model).expanduser() / "quantization.json").is_file():
+        "Raises `AespaError` for a folder that we have written, and for a GGUF file."
+        if (Path(self.model).expanduser() / "quantization.json").is_file() or self.model.endswith(".gguf"):
             raise AespaError(f"{self.model} holds a rounded model: start from the full-precision one")
 
     def file_dtype(self, model, config):
@@ -188,7 +189,7 @@ class Recipe(Changes):
 TEXT_SOURCES = (
     "wikitext2, c4, ptb, reference (bundled), handbook (aespa_nb fetch handbook), "
     "org/name\\[/config]\\[:split\\[:column]] on the Hugging Face hub, a folder, "
-    "or a .txt, .md, .jsonl, .json or .parquet file\\[:column]"
+    "a .txt, .md, .jsonl, .json or .parquet file\\[:column], or - for standard input"
 )
 Seqlen = option(int | None, "Text", "Tokens in a window.", min=2, show_default="the model's length, at most 2048")
 Windows = option(int | None, "Text", "Windows that measure.", min=1, show_default="all")
@@ -231,7 +232,8 @@ class Text:
         place = self.evaluation or self.calibration
         seqlen = window_length(self.seqlen, model, tokenizer, self.calibration, place)
         calib = calibration_windows(self.calibration, tokenizer, self.samples, seqlen, seed, self.bos)
-        heldout = evaluation_windows(place, tokenizer, seqlen, self.eval_samples, bos=self.bos)
+        apart = place != self.calibration  # then a file is used whole, not its last tenth
+        heldout = evaluation_windows(place, tokenizer, seqlen, self.eval_samples, bos=self.bos, whole=apart)
         said = dict(calibration=str(calib.origin), evaluation=str(heldout.origin))
         return calib.tokens, heldout.tokens, said | dict(warning=shared_warning(calib, heldout))
 
@@ -250,10 +252,55 @@ def told(said: dict) -> dict:
 
 # %% ../nbs/guides/89_options.ipynb #db720f10
 Out = option(str, "Result", "Folder to write; must not exist or be empty.", show_default=False)
-Form = Literal["compressed-tensors", "gptq", "dense"]
+Form = Literal["compressed-tensors", "gptq", "dense", "gguf"]
 Format = option(
-    Form, "Result", "How the checkpoint is stored: gptq is its version 2, dense loads anywhere.", "--format"
+    Form,
+    "Result",
+    "How the checkpoint is stored: gptq is its version 2, gguf one file for llama.cpp, dense loads anywhere.",
+    "--format",
 )
+Embeddings = option(int, "Result", "gguf: bits of token embeddings and head, 16 or 8.", "--embeddings")
+FOR = "Chooses what loads there. vllm: --symmetric; llama.cpp: --format gguf --group-size 32, from 4 bits --symmetric."
+Engine = option(Literal["transformers", "vllm", "llama.cpp"] | None, "Result", FOR, "--for", show_default=False)
+
+
+@dataclass(frozen=True)
+class Storage:
+    "How the checkpoint is stored."
+
+    form: Format = "compressed-tensors"
+    embeddings: Embeddings = 16
+
+    def check(self, bits: int = 8) -> None:
+        "Raises `AespaError` for what doesn't exist."
+        from aespa_nb.export.formats import check_format
+
+        check_format(self.form, bits)
+        if self.embeddings not in (16, *[8] * (self.form == "gguf")):
+            raise AespaError(f"--embeddings {self.embeddings}: gguf has 16 or 8 bits for them, other formats have 16")
+
+    def check_model(self, model, tokenizer) -> None:
+        "Raises `AespaError` for a model that the format cannot describe: before anything is rounded."
+        from aespa_nb.export.gguf_file import check_gguf
+
+        if self.form == "gguf":
+            check_gguf(model, tokenizer)
+
+
+PACKED = Storage()
+
+
+def for_engine(engine: str | None, recipe: Recipe, storage: Storage) -> tuple[Recipe, Storage]:
+    "Recipe and storage as `--for` wants them. Raises `AespaError` if a format was asked for that doesn't load there."
+    form = "gguf" if engine == "llama.cpp" else "compressed-tensors"
+    if engine is None:
+        return recipe, storage
+    if storage.form not in (form, Storage.form):
+        raise AespaError(f"--for {engine} takes --format {form}, not {storage.form}")
+    symmetric = engine == "vllm" or form == "gguf" and recipe.bits >= 4
+    size = recipe.group_size or (32 if form == "gguf" else None)
+    recipe = replace(recipe, group_size=size, symmetric=recipe.symmetric or symmetric)
+    return recipe, replace(storage, form=form)
 Quiet = option(bool, "Result", "Show no progress bars.", "--quiet")
 
 # %% ../nbs/guides/89_options.ipynb #7ca6ba87

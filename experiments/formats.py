@@ -5,7 +5,7 @@
 
 Rounded to nearest at 4 bits, once with a scale for each row and once in groups of 32. compressed-tensors and dense
 folders are read by stock transformers, which must find every tensor and expect no other; gptq folders by our own
-reader, since transformers reads them through a package that isn't installed here.
+reader, since transformers reads them through a package that isn't installed here; gguf files by transformers.
 """
 
 import copy
@@ -30,7 +30,9 @@ FAMILIES |= {  # more of them, for which no attention error was measured
     "SmolLM3": ("SmolLM3", GQA),
 }  # fmt: skip
 FAMILIES["DeepSeek-V3"] = "DeepseekV3", {**FAMILIES["DeepSeek-V3"][1], "kv_lora_rank": 32}  # groups divide it
-FORMATS, GROUPS = ("compressed-tensors", "gptq", "dense"), (None, 32)
+FAMILIES["Qwen3"] = "Qwen3", {**FAMILIES["Qwen3"][1], "head_dim": 128}  # what transformers takes for granted in GGUF
+FAMILIES["Mistral"][1]["sliding_window"] = 64  # a GGUF file ends at the window
+FORMATS, GROUPS = ("compressed-tensors", "gptq", "dense", "gguf"), (None, 32)
 
 
 def output(model, data: dict) -> torch.Tensor:
@@ -49,7 +51,8 @@ def read(place: Path, family: str) -> list[dict]:
             model, odd = read_quantized(folder).model, []
         else:
             kind = AUTO.get(family, hf.AutoModelForCausalLM)
-            model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            file = {"gguf_file": "model.gguf"} if job["format"] == "gguf" else {}
+            model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **file)
             odd = [str(x) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") for x in told[k]]
         apart = float((output(model.eval(), data) - expected).abs().max() / expected.abs().max())
         found.append(dict(job, apart=apart, odd=odd))

@@ -8,7 +8,9 @@ __all__ = ['CORPORA', 'Reference', 'load_reference', 'random_windows', 'consecut
            'shared_warning', 'check_tokens']
 
 # %% ../../nbs/data/30_text.ipynb #73a28dfc
+import functools
 import re
+import sys
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -127,8 +129,11 @@ def read_text(
     source: str,  # spelled as in the table above
     evaluation: bool = False,  # what measures instead of what calibrates
     tokenizer: PreTrainedTokenizerBase | None = None,  # its chat template makes text of conversations
+    whole: bool = False,  # a file as it is, uncut: nothing calibrates with it
 ) -> Text:
     "The text of one split and where it is from. Raises `AespaError` with what to do if it cannot be had."
+    if source == "-":
+        return _cut(_standard_input(), "standard input", evaluation, whole)
     if source in CORPORA:
         return _read_split(CORPORA[source], evaluation, tokenizer)
     if source == "handbook":
@@ -141,34 +146,40 @@ def read_text(
     if len(rest) > (int(path.suffix in _TABLES) if path.is_file() else 2):
         raise AespaError(f"{source!r} has too many colons: name:split:column, file.jsonl:column, or a text file alone")
     if path.is_file():
-        return _read_file(path, *rest, evaluation=evaluation, tokenizer=tokenizer)
+        return _cut(_read_file(path, *rest, tokenizer=tokenizer), str(path), evaluation, whole)
     return _read_split(_corpus(place, *rest), evaluation, tokenizer)
 
 # %% ../../nbs/data/30_text.ipynb #c13file0
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def _read_file(path: Path, column: str = "text", evaluation: bool = False, tokenizer=None) -> Text:
-    "The first nine tenths or the last tenth of a file."
+def _cut(text: str, place: str, evaluation: bool, whole: bool) -> Text:
+    "The first nine tenths or the last tenth of a text, or all of it."
+    if whole:
+        return Text(text, place, "all of it")
+    cut = len(text) * 9 // 10
+    return Text(text[cut:], place, "last tenth") if evaluation else Text(text[:cut], place, "first nine tenths")
+
+
+def _read_file(path: Path, column: str = "text", tokenizer=None) -> str:
+    "A file's text, or the text in a column of it."
     if path.suffix in _TABLES:
         options = {"data_files": {"train": str(path)}, "streaming": True}
         corpus = Corpus(_TABLES[path.suffix], options, column=column)
-        text = _read_split(corpus, tokenizer=tokenizer, name=str(path)).text
-    else:
-        text = _plain(path)
-    cut = len(text) * 9 // 10
-    split = "last tenth" if evaluation else "first nine tenths"
-    return Text(text[cut:] if evaluation else text[:cut], str(path), split)
-
-
-def _plain(path: Path) -> str:
+        return _read_split(corpus, tokenizer=tokenizer, name=str(path)).text
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a mark of byte order is not text
     except UnicodeDecodeError as e:
         raise AespaError(f"{str(path)!r} is not UTF-8 text: {e.reason} at byte {e.start}") from e
     if "\0" in text[: 2**16]:
         raise AespaError(f"{str(path)!r} is no text: it has zero bytes")
     return text
+
+
+@functools.cache
+def _standard_input() -> str:
+    "What another program writes to us; it can be read once, and is asked for twice."
+    return sys.stdin.read()
 
 # %% ../../nbs/data/30_text.ipynb #c13corp0
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?")
@@ -188,10 +199,15 @@ def _corpus(place: str, split: str = "", column: str = "text") -> Corpus:
     return Corpus(hub[1], options, column=column, documents=(20_000, None), **splits)
 
 # %% ../../nbs/data/30_text.ipynb #aa712080
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT's records
+
+
 def _in_words(document, tokenizer):
     "A conversation as the model's chat template writes it; anything else as it is."
-    talk = isinstance(document, list) and getattr(tokenizer, "chat_template", None)
-    return tokenizer.apply_chat_template(document, tokenize=False) if talk else document
+    if not isinstance(document, list) or not getattr(tokenizer, "chat_template", None):
+        return document
+    usual = lambda m: {"role": _SPEAKERS.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else m
+    return tokenizer.apply_chat_template([usual(m) for m in document], tokenize=False)
 
 
 def _read_split(corpus: Corpus, evaluation: bool = False, tokenizer=None, name: str = "") -> Text:
@@ -204,7 +220,8 @@ def _read_split(corpus: Corpus, evaluation: bool = False, tokenizer=None, name: 
         wanted, there = " or ".join(wanted), ", ".join(splits)
         raise AespaError(f"{name} has no split {wanted}, but {there}: write {name}:SPLIT:COLUMN")
     rows = _fetch(name, lambda: list(islice(splits[split], corpus.documents[evaluation])))
-    documents = [_in_words(r.get(corpus.column), tokenizer) for r in rows]
+    found = [r.get(corpus.column) for r in rows]
+    documents = _fetch(name, lambda: [_in_words(d, tokenizer) for d in found if d is not None])
     if not documents or not all(isinstance(d, str) for d in documents):
         if any(isinstance(d, list) for d in documents):
             raise AespaError(f"{name} holds conversations, and the tokenizer has no chat template: give plain text")
@@ -259,13 +276,13 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 # %% ../../nbs/data/30_text.ipynb #30bos003
-def _run_of_tokens(source: str, tokenizer: PreTrainedTokenizerBase, evaluation: bool, bos: bool | None):
+def _run_of_tokens(source: str, tokenizer: PreTrainedTokenizerBase, evaluation: bool, bos: bool | None, whole=False):
     "One long run of tokens, what precedes each window (a token, or none), its place and split."
     if source == "reference":
         bundled = load_reference()
         tokens, split = (bundled.heldout, "held-out documents") if evaluation else (bundled.calib, "training text")
         return tokens.flatten(), [], "bundled with aespa_nb", split
-    text, place, split = read_text(source, evaluation, tokenizer)
+    text, place, split = read_text(source, evaluation, tokenizer, whole)
     try:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # a long text is expected
         bos = begins_with_bos(tokenizer) if bos is None else bos
@@ -303,9 +320,10 @@ def evaluation_windows(
     samples: int | None = None,  # only the first windows; None: all
     stride: int | None = None,  # new tokens from window to window; None: all, so that they do not overlap
     bos: bool | None = None,  # begin each window with BOS; None: where the tokenizer begins a text with it
+    whole: bool = False,  # of a file all, not its last tenth: nothing calibrates with it
 ) -> Windows:
     "Consecutive windows of the evaluation split; `reference` has ids that are taken as they are."
-    ids, begin, place, split = _run_of_tokens(source, tokenizer, True, bos)
+    ids, begin, place, split = _run_of_tokens(source, tokenizer, True, bos, whole)
     stride = None if stride == seqlen else stride
     tokens = _begin(consecutive_windows(ids, seqlen - len(begin), stride)[:samples], begin)
     order = f"{'behind BOS, ' if begin else ''}{'without overlap' if stride is None else f'a window every {stride}'}"

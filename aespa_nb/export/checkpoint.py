@@ -26,6 +26,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from ..errors import AespaError
 from .folding import fold_zeta, snap_model
 from .formats import FORMATS, check_format, is_symmetric, packable
+from .gguf_file import check_gguf, read_gguf, split_name, write_gguf
 from ..model.blocks import weight_of
 from ..model.checkpoint import check_bare, check_files, check_sizes, reason_of, shards_of
 from ..quantize.config import AespaConfig
@@ -53,10 +54,11 @@ class Exported:
 
     format: str
     dtype: torch.dtype  # of all that is not packed, scales included
-    sizes: dict[str, int]  # bytes: "codes", "scales", "zero-points" and "index" of the packed linears, and the "rest"
+    sizes: dict[str, int]  # bytes: "codes", "scales", "zero-points", "index" (gguf: "blocks") of packed linears; "rest"
     weights: int  # how many weights the packed linears have
     dense: list[str]  # rounded layers that are not packed
     scale_change: float  # largest relative change of a scale
+    note: str = ""  # what a user should know
 
     @property
     def ratio(self) -> float:
@@ -83,6 +85,7 @@ def _card(kind: str, report: QuantReport, done: Exported, facts: dict) -> ModelC
     recipe = [(f.name, getattr(report.config, f.name)) for f in fields(report.config) if f.name not in skipped]
     for name, r in report.layers.items():
         ratios.setdefault(name.rpartition(".")[2], []).append(r.loss / r.loss_rtn if r.loss_rtn else 1.0)
+    place = '"this folder", gguf_file="model.gguf"' if done.format == "gguf" else '"this folder"'
     losses = [(n, len(v), f"{median(v):.3f}", f"{max(v):.3f}") for n, v in ratios.items()]
     return ModelCard(f"""---
 {head.to_yaml()}
@@ -101,7 +104,7 @@ Rounded with aespa_nb.
 ```python
 from transformers import {kind}
 
-model = {kind}.from_pretrained("this folder")
+model = {kind}.from_pretrained({place})
 ```
 
 ## Recipe
@@ -138,27 +141,10 @@ def _tensors(layers: dict[str, RoundedLayer], form: str, dtype: torch.dtype | No
     return {name: cast(t).clone(memory_format=torch.contiguous_format) for name, t in found.items()}
 
 # %% ../../nbs/export/73_checkpoint.ipynb #576fdc8e
-def write_checkpoint(
-    folder: Path,  # that nobody reads yet
-    model: PreTrainedModel,
-    report: QuantReport,
-    form: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    facts: dict | None = None,
-    dtype: torch.dtype | None = None,
-) -> Exported:
-    "What `export_model` writes, into a folder as it is, of a model as it is: for callers who see to both."
-    check_format(form)
-    dtype, facts, layers, config = dtype or model.dtype, facts or {}, {}, None
-    if form != "dense":  # refusals first
-        layers = packable(model, report.layers, form)
-        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        config = FORMATS[form].config(layers, [n for n in linears if n not in layers])
-        fold_zeta(model, report)
-    change = snap_model(model, report, dtype)
-    dense = {n: r for n, r in report.layers.items() if n not in layers}
-    layers = {n: report.layers[n] for n in layers}
-
+def _write_folder(folder: Path, model, layers: dict[str, RoundedLayer], form: str, dtype: torch.dtype) -> dict:
+    "Weights and configuration as transformers stores them; gives bytes by part."
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    config = FORMATS[form].config(layers, [n for n in linears if n not in layers]) if layers else None
     packed, cast, sizes = _tensors(layers, form, dtype), {}, {}
     to = lambda t: cast.setdefault((t.data_ptr(), t.shape), t.to(dtype))  # weights that are tied stay tied
     rest = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in layers}
@@ -167,8 +153,6 @@ def write_checkpoint(
         part = FORMATS[form].holds[name.rpartition(".")[2]]
         sizes[part] = sizes.get(part, 0) + t.nbytes
     sizes["rest"] = sum({t.data_ptr(): t.nbytes for t in rest.values()}.values())
-    done = Exported(form, dtype, sizes, sum(math.prod(r.shape) for r in layers.values()), list(dense), change)
-
     if "is_quantized" in vars(model):  # not any more: its loader's conversions would quantize again, without scales
         model._weight_conversions = None
     model.save_pretrained(folder, state_dict=rest | packed, save_original_format=not packed)
@@ -176,9 +160,48 @@ def write_checkpoint(
     saved |= {"quantization_config": config} if config else {}
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
     _check_stored(_stored(folder) if packed else type(model).from_pretrained(folder).state_dict(), packed, rest)
-    if form == "dense":
-        save_file(_tensors(dense, form), folder / "quantization.safetensors")
-    bits = {n: r.grid.bits for n, r in (layers or dense).items()}
+    return sizes
+
+
+def write_checkpoint(
+    folder: Path,  # that nobody reads yet
+    model: PreTrainedModel,
+    report: QuantReport,
+    form: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    facts: dict | None = None,
+    dtype: torch.dtype | None = None,
+    embeddings: int = 16,
+) -> Exported:
+    "What `export_model` writes, into a folder as it is, of a model as it is: for callers who see to both."
+    check_format(form)
+    gguf, facts, layers = form == "gguf", facts or {}, {}
+    dtype = torch.float16 if gguf else dtype or model.dtype
+    if form != "dense":  # refusals first
+        layers = packable(model, report.layers, form)
+        if gguf:
+            check_gguf(model, tokenizer)
+        else:
+            FORMATS[form].config(layers, [])
+        fold_zeta(model, report)
+    change = snap_model(model, report, dtype)
+    dense = {n: r for n, r in report.layers.items() if n not in layers}
+    layers = {n: report.layers[n] for n in layers}
+    if gguf:
+        sizes = write_gguf(folder / "model.gguf", model, layers, tokenizer, embeddings)
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+    else:
+        sizes = _write_folder(folder, model, layers, form, dtype)
+    done = Exported(form, dtype, sizes, sum(math.prod(r.shape) for r in layers.values()), list(dense), change)
+    if gguf and tokenizer is not None and split_name(tokenizer) is None:
+        done.note = "llama.cpp has no name for how this tokenizer cuts a text: some prompts become other tokens there"
+    kept = layers if form in ("compressed-tensors", "gptq") else report.layers
+    if kept is report.layers:
+        save_file(_tensors(kept, form), folder / "quantization.safetensors")
+    bits = {n: r.grid.bits for n, r in kept.items()}
     about = {"format": form, "bits": bits, "dense": done.dense, "sizes": sizes, "facts": facts}
     (folder / "quantization.json").write_text(json.dumps(json.loads(report.to_json()) | {"export": about}, indent=1))
     if tokenizer is not None:
@@ -191,10 +214,11 @@ def export_model(
     model: PreTrainedModel,  # rounded by `quantize_model`; afterwards it is what the folder holds
     report: QuantReport,
     folder: str | os.PathLike,  # must not exist, or be empty
-    format: str = "compressed-tensors",  # or "gptq" (version 2), or "dense"
+    format: str = "compressed-tensors",  # or "gptq" (version 2), "gguf" (one file, for llama.cpp), or "dense"
     tokenizer: PreTrainedTokenizerBase | None = None,
     facts: dict | None = None,  # for the model card: "base model", "calibration", "perplexity", ...
-    dtype: torch.dtype | None = None,  # of all that isn't packed, scales included; None: the model's
+    dtype: torch.dtype | None = None,  # of all that isn't packed, scales included; None: the model's (gguf: float16)
+    embeddings: int = 16,  # gguf: bits of token embeddings and head, 16 or 8
 ) -> Exported:
     """Writes a checkpoint that stock tools load. Raises `AespaError`, and writes nothing, if the format can't hold it,
     `model.config` describes another model, or the folder holds something."""
@@ -203,7 +227,7 @@ def export_model(
     check_bare(model)
     _check_config(model)
     with complete_folder(folder) as out:
-        return write_checkpoint(out, model, report, format, tokenizer, facts, dtype)
+        return write_checkpoint(out, model, report, format, tokenizer, facts, dtype, embeddings)
 
 # %% ../../nbs/export/73_checkpoint.ipynb #a80f844a
 class Quantized(NamedTuple):
@@ -225,6 +249,22 @@ def _class_of(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -
     return getattr(transformers, name, None)
 
 
+def _model_of(folder: Path, state: dict[str, Tensor], trust_remote_code: bool) -> PreTrainedModel:
+    "The model that the folder's config.json describes, with these tensors."
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    kind = _class_of(config, folder, trust_remote_code)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise AespaError(f"config.json names no model of transformers, but {config.architectures}")
+    if (folder / "model.gguf").exists():
+        model = kind._from_config(config, dtype=torch.float32).eval()
+        read_gguf(folder / "model.gguf", model)
+        return model
+    check_sizes(folder, shards_of(folder), trust_remote_code, kind)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype).eval()
+
+
 def _read(folder: Path, trust_remote_code: bool) -> Quantized:
     "`read_quantized`, as it fails."
     if not folder.is_dir():
@@ -234,31 +274,24 @@ def _read(folder: Path, trust_remote_code: bool) -> Quantized:
     saved = json.loads(path.read_text()) if path.exists() else {}
     if "export" not in saved:
         raise AespaError(f"{folder} has no quantization.json: name a folder that quantize or export has written")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    kind = _class_of(config, folder, trust_remote_code)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise AespaError(f"config.json names no model of transformers, but {config.architectures}")
-    check_sizes(folder, shards_of(folder), trust_remote_code, kind)
-
     known = {f.name for f in fields(AespaConfig)} - {"dtype"}
     recipe = AespaConfig(**{k: v for k, v in saved["config"].items() if k in known})
     report = QuantReport(recipe, seconds=saved["seconds"], peak_bytes=saved["peak_bytes"])
-    form, bits, dtype = saved["export"]["format"], saved["export"]["bits"], config.dtype
-    state = _stored(folder)
-    stored = load_file(folder / "quantization.safetensors") if form == "dense" else state
+    form, bits = saved["export"]["format"], saved["export"]["bits"]
+    beside, state = folder / "quantization.safetensors", _stored(folder)
+    stored = load_file(beside) if beside.exists() else state
     for name, *costs in ((row[k] for k in ("layer", "loss_rtn", "loss", "seconds")) for row in saved["layers"]):
         if name in bits:
             parts = {k: stored.pop(f"{name}.{k}") for k in FORMATS[form].holds if f"{name}.{k}" in stored}
             r = FORMATS[form].read(parts, bits[name])
             report.layers[name] = RoundedLayer(r.words, r.grid, r.zeta, *costs)
-            if form != "dense":
-                state[f"{name}.weight"] = r.weight().to(dtype)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+            if stored is state:
+                state[f"{name}.weight"] = r.weight()
+    model = _model_of(folder, state, trust_remote_code)
     model.config._name_or_path = str(folder)  # whoever rounds it again is told
     for name, r in report.layers.items():
-        if not torch.equal(weight_of(model, name), r.weight().to(dtype)):
+        change, near = weight_of(model, name) - r.weight().to(model.dtype), 0.5 if form == "gguf" else 0
+        if not change.abs().max() <= near * r.weight().abs().max():  # GGUF's types round
             raise AespaError(f"{folder}: weight and codes of {name} disagree, a file is damaged: quantize again")
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.fetch import MODELS, need_fetched
+from ..data.fetch import MODELS, load_gguf, need_fetched
 from ..data.text import load_reference
 from .checkpoint import read_quantized
 from ..model.checkpoint import load_checkpoint, load_tokenizer
 
 # %% ../../nbs/export/74_loading.ipynb #6df50df2
 def load_model(
-    source: str | Path,  # "reference", "smollm2" once it is fetched, a folder, or a name on the Hugging Face hub
-    dtype: torch.dtype | None = None,  # None: as stored; float32 for the reference model
+    source: str | Path,  # "reference", "smollm2" once it is fetched, a folder, a .gguf file, or a name on the hub
+    dtype: torch.dtype | None = None,  # None: as stored; float32 for a .gguf and for the reference model
     trust_remote_code: bool = False,  # run code that comes with the checkpoint
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model, whose weights stay in their files where they can, and its tokenizer if it has one.
@@ -29,9 +29,12 @@ def load_model(
     if source in MODELS:
         return load_checkpoint(str(need_fetched(source)), dtype, trust_remote_code)
     folder = Path(source).expanduser()
+    if folder.suffix == ".gguf":
+        model, tokenizer = load_gguf(folder)
+        return model.to(dtype or model.dtype), tokenizer
     config = folder / "config.json"
     ours = (folder / "quantization.json").is_file() and config.is_file() and config.stat().st_size < 2**24
-    if ours and '"quant_method": "gptq"' in config.read_text(errors="replace"):
+    if ours and ((folder / "model.gguf").exists() or '"quant_method": "gptq"' in config.read_text(errors="replace")):
         model = read_quantized(folder, trust_remote_code).model
         return model.to(dtype or model.dtype), load_tokenizer(folder, trust_remote_code)
     return load_checkpoint(str(source), dtype, trust_remote_code)

@@ -1,5 +1,6 @@
 """Windows, texts and where they are from."""
 
+import io
 import itertools
 import json
 
@@ -147,6 +148,29 @@ def test_conversations_become_text_by_the_chat_template(tmp_path):
     assert text.startswith("<user> question 0 <assistant> yes \n\n<user> question 1")
     first = tokenizer.decode(calibration_windows(source, tokenizer, 1, 16).tokens[0])
     assert "user" in first or "assistant" in first
+    shared = [{"from": "human", "value": "question 0"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "shared.json").write_text(json.dumps([dict(conversations=shared), dict(conversations=None)] * 9))
+    said = read_text(f"{tmp_path}/shared.json:conversations", tokenizer=tokenizer, whole=True).text
+    assert said.split("\n\n") == ["<user> question 0 <assistant> yes "] * 9
+    (tmp_path / "odd.jsonl").write_text(json.dumps(dict(messages=[dict(role="user")])))
+    tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(AespaError, match="odd.jsonl could not be loaded"):
+        read_text(f"{tmp_path}/odd.jsonl:messages", tokenizer=tokenizer)
+
+
+def test_text_as_people_have_it(tmp_path, monkeypatch):
+    (tmp_path / "bom.txt").write_bytes("ab ".encode("utf-8-sig") + b"cd " * 9)
+    assert read_text(f"{tmp_path}/bom.txt").text.startswith("ab cd")
+    rows = [dict(text=None), dict(text="first"), dict(text=None), dict(text="last")]
+    (tmp_path / "gaps.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_text(f"{tmp_path}/gaps.jsonl", whole=True).text == "first\n\nlast"
+    (tmp_path / "none.jsonl").write_text("\n".join(json.dumps(dict(text=None)) for _ in range(3)))
+    with pytest.raises(AespaError, match="has no text in column 'text' of train; it has: text"):
+        read_text(f"{tmp_path}/none.jsonl")
+    told = read_text(f"{tmp_path}/bom.txt", evaluation=True, whole=True)
+    assert told.text == "ab " + "cd " * 9 and told.split == "all of it"
+    monkeypatch.setattr("sys.stdin", io.StringIO("0123456789"))
+    assert [read_text("-", e).text for e in (False, True)] == ["012345678", "9"]
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=50)

@@ -291,9 +291,11 @@ def test_refusals(tmp_path):
     other.config.num_hidden_layers = 3
     state, near = copy.deepcopy(model.state_dict()), lambda *how: nearest(copy.deepcopy(model), *how)
     for some, form, report, words in (
-        (model, "gguf", near(3), "unknown format"),
+        (model, "zip", near(3), "unknown format"),
         (model, "gptq", near(5), "no 5-bit codes"),
         (odd, "gptq", nearest(odd, 3), "multiples of 32"),
+        (small_model("OPT"), "gguf", nearest(small_model("OPT"), 3), "gguf is written for llama.* not for opt"),
+        (model, "gguf", near(8), "no layer of this model can be packed as gguf"),
         (model, "compressed-tensors", near(lambda n: 2 + ("up" in n)), "symmetric=True"),
         (model, "compressed-tensors", changed(near(3), zero=lambda z: z - 9), "no code"),
         (model, "gptq", changed(near(3), scale=lambda s: s * 1e9), "is beyond torch.float16"),
