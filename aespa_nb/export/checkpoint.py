@@ -197,7 +197,7 @@ def write_checkpoint(
         sizes = _write_folder(folder, model, layers, form, dtype)
     done = Exported(form, dtype, sizes, sum(math.prod(r.shape) for r in layers.values()), list(dense), change)
     if gguf and tokenizer is not None and split_name(tokenizer) is None:
-        done.note = "llama.cpp has no name for how this tokenizer cuts a text: some prompts become other tokens there"
+        done.note = "llama.cpp has no known name for how this tokenizer cuts a text: prompts may be other tokens there"
     kept = layers if form in ("compressed-tensors", "gptq") else report.layers
     if kept is report.layers:
         save_file(_tensors(kept, form), folder / "quantization.safetensors")

@@ -13,7 +13,7 @@ from ..rounding.packing import RoundedWeight
 
 # %% ../../nbs/export/70_gguf_blocks.ipynb #70agty
 def gguf_type(r: RoundedWeight) -> str | None:  # None: none of them
-    "The smallest type of GGUF that holds these codes, by ggml's name."
+    "The smallest of these types that holds the codes, by ggml's name; `Q2_K` and `Q3_K` may round their scales."
     bits, inp = r.grid.bits, r.shape[1]
     share, middle = inp // r.grid.scale.shape[1], bool((r.grid.zero == 2 ** (bits - 1)).all())
     if inp % 256 == 0 and share % 16 == 0 and (bits == 2 or bits == 3 and middle):
@@ -21,8 +21,8 @@ def gguf_type(r: RoundedWeight) -> str | None:  # None: none of them
     if share % 32:
         return None
     k = _differences(r)
-    for name, least in (("Q4_0", -8), ("Q4_1", None), ("Q5_0", -16), ("Q8_0", -128)):
-        if bits == 4 if least is None else least <= k.min() and k.max() < -least:
+    for name, least, own in (("Q4_0", -8, 0), ("Q4_1", 0, 4), ("Q5_0", -16, 0), ("Q5_1", 0, 5), ("Q8_0", -128, 0)):
+        if bits == own or least <= k.min() and k.max() < -least:
             return name
     return None
 
@@ -76,6 +76,8 @@ def to_blocks(
         fields = half(scale), half(-scale * zero), _nibbles(codes)
     elif kind == "Q5_0":
         fields = half(scale), mask(k + 16 >> 4, -1), _nibbles(k + 16 & 15)
+    elif kind == "Q5_1":
+        fields = half(scale), half(-scale * zero), mask(codes >> 4, -1), _nibbles(codes & 15)
     elif kind == "Q8_0":
         fields = half(scale), k.astype(np.int8).view(np.uint8)
     elif kind == "Q2_K":  # s and t, q, d, d'

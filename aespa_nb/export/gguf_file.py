@@ -25,7 +25,7 @@ FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qw
 
 def _rope_factors(model: PreTrainedModel) -> Tensor:
     "Of each pair of components: how much slower it turns than in plain rotary positions."
-    turns = model.model.rotary_emb.inv_freq.float().cpu()
+    turns = type(model.model.rotary_emb)(model.config).inv_freq  # the model's own may have been cast to 16 bits
     steps = torch.arange(len(turns)) / len(turns)
     return model.config.rope_parameters["rope_theta"] ** -steps / turns
 
@@ -42,10 +42,30 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     plain = model.model.rotary_emb.attention_scaling == 1 and rope not in ("dynamic", "longrope")
     if not plain or FAMILIES[kind] != "llama" and not torch.allclose(_rope_factors(model), torch.ones(())):
         raise AespaError(f"gguf is not written for {kind} with {rope} positions: {advice}")
-    if tokenizer is not None:
-        how = json.loads(tokenizer.backend_tokenizer.to_str())["model"] if tokenizer.is_fast else {"type": "slow"}
-        if how["type"] != "BPE" or how.get("byte_fallback"):
-            raise AespaError(f"gguf is written with byte-level BPE tokenizers only, not {how['type']}: {advice}")
+    odd = _head_size(model) * config.num_attention_heads != config.hidden_size
+    if kind == "qwen3" and config.attention_bias or kind == "qwen2" and odd:
+        raise AespaError(f"llama.cpp has no {kind} with these biases or heads: {advice}")
+    if tokenizer is not None and not _is_byte_level(tokenizer):
+        raise AespaError(f"gguf is written with byte-level BPE tokenizers only, which this model's is not: {advice}")
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    return model.model.layers[0].self_attn.head_dim
+
+
+def _splitting(tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    "The steps that cut a text into words, as `tokenizers` describes them."
+    told = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {"type": "none"}
+    return told.get("pretokenizers", [told])
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    "Whether tokens are made of bytes, by merges."
+    if not tokenizer.is_fast:
+        return False
+    how = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    bytes_first = any(s["type"] == "ByteLevel" for s in _splitting(tokenizer))
+    return how["type"] == "BPE" and not how.get("byte_fallback") and bytes_first
 
 # %% ../../nbs/export/75_gguf_file.ipynb #75aro2
 def _row_order(rows: int, heads: int) -> Tensor:
@@ -66,9 +86,11 @@ SPLITS = {  # how a text is cut into words -> llama.cpp's name
 
 
 def split_name(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    "llama.cpp's name for the way in which a tokenizer cuts a text into words; None: it has none."
-    told = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {"type": "none"}
-    steps = [s for s in told.get("pretokenizers", [told]) if s["type"] != "ByteLevel" or s["use_regex"]]
+    "llama.cpp's name for the way in which a tokenizer cuts a text into words; None: we know none."
+    steps = [s for s in _splitting(tokenizer) if s["type"] != "ByteLevel" or s["use_regex"]]
+    usual = {"add_prefix_space": False, "individual_digits": True, "behavior": "Isolated"}
+    if any(s[option] != usual[option] for s in steps for option in usual.keys() & s.keys()):
+        return None
     return SPLITS.get(tuple(s["pattern"].get("Regex") if s["type"] == "Split" else s["type"] for s in steps))
 
 
@@ -88,12 +110,13 @@ def _describe_tokenizer(file: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBas
     file.add_token_types([kind(i) for i in range(size)])
     file.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     for name in ("bos", "eos", "pad", "unk"):
-        if (i := getattr(tokenizer, f"{name}_token_id")) is not None:
+        if (i := getattr(tokenizer, f"{name}_token_id")) is not None and i < size:
             getattr(file, f"add_{name}_token_id")(i)
     file.add_add_bos_token(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
     file.add_add_space_prefix(False)
-    if tokenizer.chat_template:
-        file.add_chat_template(tokenizer.chat_template)
+    if template := tokenizer.chat_template:
+        several = isinstance(template, dict)
+        file.add_chat_template([dict(name=n, template=t) for n, t in template.items()] if several else template)
 
 # %% ../../nbs/export/75_gguf_file.ipynb #75awr2
 EMBEDDINGS = "token_embd.weight", "output.weight"
@@ -101,7 +124,7 @@ EMBEDDINGS = "token_embd.weight", "output.weight"
 
 def _describe_model(file: gguf.GGUFWriter, model: PreTrainedModel) -> None:
     "What llama.cpp must know to compute with the tensors."
-    c, size = model.config, model.model.layers[0].self_attn.head_dim
+    c, size = model.config, _head_size(model)
     file.add_vocab_size(c.vocab_size)
     file.add_context_length(min(c.max_position_embeddings, getattr(c, "sliding_window", None) or np.inf))
     file.add_embedding_length(c.hidden_size)
@@ -133,18 +156,22 @@ def _places(model: PreTrainedModel) -> dict[str, tuple[str, Tensor, Tensor]]:
 def read_gguf(
     path: Path,
     model: PreTrainedModel,  # its parameters become the file's
-    near: float = torch.inf,  # largest change, as a share of the largest number of each tensor
+    near: float | None = None,  # largest change, as a share of the largest number of each tensor; None: any
 ) -> None:
-    "Reads what `write_gguf` has written. Raises `AespaError` if a tensor is missing or changes more than that."
-    there = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    for to, (name, p, rows) in _places(model).items():
-        if to not in there or there[to].shape.prod() != p.numel():
-            raise AespaError(f"{path} has no {to} for {name}: it is damaged, or of another model")
-        found = gguf.quants.dequantize(there[to].data, there[to].tensor_type)
-        found = torch.from_numpy(found.copy()).view(p.shape).to(p)
-        if not (found - p[rows]).abs().max() <= near * p.abs().max():
-            raise AespaError(f"GGUF cannot hold {name}: export as dense")
-        p[rows] = found
+    """Reads what `write_gguf` has written. Raises `AespaError`, and changes nothing, if a tensor is missing, not finite
+    or changes more than that."""
+    there, places = {t.name: t for t in gguf.GGUFReader(path).tensors}, _places(model)
+    for step in ("check", "copy"):
+        for to, (name, p, rows) in places.items():
+            if to not in there or there[to].shape.prod() != p.numel():
+                raise AespaError(f"{path} has no {to} for {name}: it is damaged, or of another model")
+            found = gguf.quants.dequantize(there[to].data, there[to].tensor_type)
+            found = torch.from_numpy(found.copy()).view(p.shape).to(p)
+            change = (found - p[rows]).abs().max()
+            if not found.isfinite().all() or near is not None and change > near * p.abs().max():
+                raise AespaError(f"GGUF cannot hold {name}: export as dense")
+            if step == "copy":
+                p[rows] = found
 
 # %% ../../nbs/export/75_gguf_file.ipynb #75awr3
 @torch.no_grad()
@@ -176,12 +203,17 @@ def write_gguf(
             values = to_blocks(r, kind)[rows.cpu().numpy()]
         else:
             kind = "F32" if p.ndim == 1 else "Q8_0" if small and p.shape[1] % 32 == 0 else "F16"
-            values = gguf.quants.quantize(p[rows].float().cpu().numpy(), gguf.GGMLQuantizationType[kind])
+            with np.errstate(over="ignore"):  # refused below
+                values = gguf.quants.quantize(p[rows].float().cpu().numpy(), gguf.GGMLQuantizationType[kind])
         file.add_tensor(to, values, raw_dtype=gguf.GGMLQuantizationType[kind])
         sizes["rest" if r is None else "blocks"] += values.nbytes
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
     file.close()
-    read_gguf(path, model, near=0.5)  # scales on two levels may change a number by half the largest
+    try:
+        read_gguf(path, model, near=0.5)  # scales on two levels may change a number by half the largest
+    except AespaError:
+        path.unlink()
+        raise
     return sizes

@@ -36,6 +36,8 @@ KINDS = dict(
     Llama=dict(intermediate_size=64),
     OPT=dict(ffn_dim=64, word_embed_proj_dim=32),
     Gemma=dict(intermediate_size=64, head_dim=8, num_key_value_heads=4),
+    Qwen2=dict(intermediate_size=64),
+    Qwen3=dict(intermediate_size=64, head_dim=8, num_key_value_heads=2),
     Qwen3Moe=dict(head_dim=8, num_key_value_heads=2, num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2),
 )
 
