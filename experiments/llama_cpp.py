@@ -4,7 +4,7 @@
     python experiments/llama_cpp.py --python PATH   a Python that has llama-cpp-python already
 
 The bundled model, and SmolLM2 through the whole chain: chat records in, `aespa_nb quantize --for llama.cpp`, GGUF out.
-`aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first (make smollm2). SmolLM2 takes an hour a run on one core.
+`aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first (make smollm2).
 """
 
 import argparse
@@ -34,7 +34,7 @@ JOBS = [  # model, preset, bits, further words of the command line
     ("reference", "gptq", 4, "--group-size 32"),
     ("smollm2", "full", 16, ""),
     ("smollm2", "gptq", 4, "--embeddings 8"),
-    ("smollm2", "best", 3, "--embeddings 8"),
+    ("smollm2", "gptq", 3, "--embeddings 8"),
 ]
 TEXT = {  # words of the command line; windows that measure, and their tokens
     "reference": ("--samples 16", 32, 256),

@@ -34,7 +34,7 @@ OWNERS = {  # record -> the commands that make it, as words behind `python`
         "kills --count 300", "kills --count 100 --ranks 2", "disk --count 30")],
     **{name: [[f"{HERE}/{name}.py"]] for name in (
         "bits", "texts", "arithmetic", "families", "formats", "hostile", "torture", "pays", "smollm2", "scale",
-        "llama_cpp")},
+        "llama_cpp", "situations")},
     "attention": [[f"{HERE}/pays.py", "attention"]],
     "cost": [[f"{HERE}/cost.py", "growth"]],
     "plan": [[f"{HERE}/cost.py", "estimates"]],

@@ -59,14 +59,14 @@ def make_model(draw: random.Random, folder: Path, tokenizer) -> str:
     fields = fields | dict(vocab_size=len(tokenizer), tie_word_embeddings=draw.random() < 0.4)
     fields |= dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(draw.randrange(99))
-    model = getattr(hf, f"{kind.removesuffix('Text')}ForCausalLM")(getattr(hf, f"{kind}Config")(**fields))
+    model = hf.AutoModelForCausalLM.from_config(getattr(hf, f"{kind}Config")(**fields), dtype=torch.float32)
     dtype = draw.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     size = draw.choice(["1GB", "300KB"])
     if draw.random() < 0.3:
         model.generation_config = hf.GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=[0, 5])
     model.to(dtype).save_pretrained(folder, max_shard_size=size)
     if with_tokenizer := draw.random() < 0.95:
-        tokenizer.chat_template = TEMPLATE if draw.random() < 0.5 else None
+        tokenizer.chat_template = TEMPLATE if draw.random() < 0.9 else None
         tokenizer.save_pretrained(folder)
     return f"{family}, {dtype}, shards of {size}{'' if with_tokenizer else ', no tokenizer'}"
 
@@ -74,15 +74,15 @@ def make_model(draw: random.Random, folder: Path, tokenizer) -> str:
 def options(draw: random.Random, sources: dict[str, str]) -> list[str]:
     "Words of the command line."
     good = ["plain.txt", "rows.jsonl", "gaps.jsonl", "chat.jsonl", "mark.txt", "standard input", "shared.json"]
-    source = lambda: sources[draw.choice(good) if draw.random() < 0.85 else draw.choice(sorted(sources))]
-    words = ["--calibration", source(), "--preset", draw.choice("rtn gptq gptaq zfold best".split())]
+    source = lambda: sources[draw.choice(good) if draw.random() < 0.93 else draw.choice(sorted(sources))]
+    words = ["--calibration", source(), "--preset", draw.choice("rtn rtn gptq gptq gptaq best best zfold".split())]
     words += ["--evaluation", source()] * (draw.random() < 0.5)
     rarely = lambda share, *more: list(more) if draw.random() < share else []
     words += rarely(0.8, "--bits", draw.choice("2 3 4 5 8".split())) or rarely(0.5, "--auto-bits", "3")
-    words += rarely(0.5, "--group-size", draw.choice("32 32 16 7".split())) + rarely(0.4, "--symmetric")
-    words += rarely(0.2, "--keep", draw.choice(["0.=16", "mlp=8", "nothing=4", "q_proj=4", "down"]))
+    words += rarely(0.5, "--group-size", draw.choice("32 32 32 16 16 7".split())) + rarely(0.4, "--symmetric")
+    words += rarely(0.2, "--keep", draw.choice(["0.=16", "0.=4", "0.=8", "0.=3", "q_proj=4", "nothing=4", "down"]))
     words += rarely(0.7, "--format", draw.choice("compressed-tensors gptq dense gguf".split()))
-    words += rarely(0.2, "--for", draw.choice("transformers vllm llama.cpp".split()))
+    words += rarely(0.15, "--for", draw.choice("transformers vllm llama.cpp".split()))
     words += rarely(0.1, "--embeddings", "8") + rarely(0.1, "--set", draw.choice(["end_loss=true", "starts=2", "x=1"]))
     return words + rarely(0.2, "--bos") + ["--samples", "3", "--seqlen", "24", "--eval-samples", "4", "--quiet"]
 

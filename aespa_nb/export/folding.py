@@ -38,6 +38,8 @@ def snap_model(
         if (p if r is None else r.weight()).abs().max() > most:
             raise AespaError(f"{name} has a value beyond {dtype}: export as float32")
     for name, p in model.named_parameters():
+        if torch.finfo(dtype).eps < torch.finfo(p.dtype).eps:  # the model's own type cannot hold what the file will
+            p.data = p.data.to(dtype)
         if name.removesuffix(".weight") not in snapped:
             p.copy_(p.to(dtype))
     for name, r in snapped.items():
