@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
-OPEN := MIT;BSD;Apache;PSF;Python Software Foundation;ISC;MPL-2.0;CNRI-Python;Zlib;CC0-1.0;BSL-1.0;0BSD
+OPEN := MIT;BSD;Apache;PSF;Python Software Foundation;ISC;MPL-2.0;Mozilla Public License 2.0;CNRI-Python;Zlib;CC0-1.0;BSL-1.0;0BSD
 
 help:
 	@echo "aespa_nb: attention-aware quantization, taught by the notebooks it is built from"

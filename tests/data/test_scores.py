@@ -99,7 +99,7 @@ def test_eval_states_its_protocol(tmp_path, capsys):
     words = ["eval", "reference", "--data", str(tmp_path / "t.txt"), "--seqlen", "32", "--eval-samples", "4", "--quiet"]
     assert main(words) == 0
     plain = capsys.readouterr().out
-    assert "4 x 32 tokens, behind BOS, without overlap" in plain and "last tenth" in plain
+    assert "4 x 32 tokens, behind BOS, without overlap" in plain and "all of it" in plain
     assert main([*words, "--no-bos"]) == 0 and "4 x 32 tokens, without overlap" in capsys.readouterr().out
     assert main([*words, "--stride", "8"]) == 0
     strided = capsys.readouterr().out
