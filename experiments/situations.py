@@ -119,7 +119,7 @@ def situation(seed: int) -> dict:
         about = make_model(draw, folder / "model", reference.tokenizer)
         words = options(draw, sources)
         heard, before = [], sorted(folder.iterdir())
-        text._standard_input.cache_clear()
+        text.standard_input.cache_clear()
         stack.enter_context(mock.patch("sys.stdin", io.StringIO("\n".join(documents))))
         stack.enter_context(contextlib.redirect_stderr(errors))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

@@ -133,7 +133,7 @@ def read_text(
 ) -> Text:
     "The text of one split and where it is from. Raises `AespaError` with what to do if it cannot be had."
     if source == "-":
-        return _cut(_standard_input(), "standard input", evaluation, whole)
+        return _cut(standard_input(), "standard input", evaluation, whole)
     if source in CORPORA:
         return _read_split(CORPORA[source], evaluation, tokenizer)
     if source == "handbook":
@@ -177,7 +177,7 @@ def _read_file(path: Path, column: str = "text", tokenizer=None) -> str:
 
 
 @functools.cache
-def _standard_input() -> str:
+def standard_input() -> str:
     "What another program writes to us; it can be read once, and is asked for twice."
     return sys.stdin.read()
 
