@@ -179,3 +179,13 @@ def test_notebook_runner_stores_and_checks(repo, monkeypatch):
     assert done.returncode == 1 and "now:    0.125" in done.stdout and "ZeroDivisionError" in done.stdout
     assert re.findall(r"(ok|FAILED) +rounding/(\d+)", done.stdout) == [("ok", "11"), ("FAILED", "12"), ("FAILED", "13")]
     assert "checked: 4 cells in 3 notebooks" in done.stdout and "0.225" in wrong.read_text()
+
+
+def test_chapters_end_with_three_exercises_of_rising_difficulty():
+    graded = [("1", "easy"), ("2", "medium"), ("3", "hard")]
+    rooms = "start/0[2-5]*.ipynb", "rounding/*.ipynb", "attention/*.ipynb", "baselines/*.ipynb"
+    for path in (p for room in rooms for p in (ROOT / "nbs").glob(room) if p.stem != "15_moves"):  # an appendix
+        cells = nbformat.read(path, as_version=4).cells
+        found = [(m[1], m[2], c.source) for c in cells if (m := re.match(r"\*\*Exercise (\d)\*\* \((\w+)\)", c.source))]
+        assert [f[:2] for f in found] == graded, path
+        assert all("<summary>Answer</summary>" in source for *_, source in found), path

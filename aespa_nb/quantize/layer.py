@@ -90,13 +90,14 @@ def solve_gptq_adaround(U, grid, loss, config):
 def solve_descent(U, grid, loss, config):
     "Greedy coordinate descent from GPTQ's codes on `starts` grids; scales are refitted, each row keeps its best."
     grids = vary_grid(grid, shifts=() if config.symmetric else (1, -1))[: config.starts]
+    together = max(1, min(len(grids), 2**28 // U.numel())) if U.is_cuda else 1  # starts that a GPU has room for
     with phase("gptq"):
         starts = [(g, gptq(U, loss.H, g).codes.byte()) for g in grids]
     found = []
     with phase("descent"):
         for p in _parts(U, loss):
-            some = _cut(loss, p)
-            found.append(best_of_starts(U[p], some.H, some.G, [(_cut(g, p), codes[p]) for g, codes in starts]))
+            some, cut = _cut(loss, p), [(_cut(g, p), codes[p]) for g, codes in starts]
+            found.append(best_of_starts(U[p], some.H, some.G, cut, together=together))
     scale, zero = (torch.cat([getattr(r.grid, field) for r in found]) for field in ("scale", "zero"))
     return torch.cat([r.codes for r in found]), Grid(config.bits, scale, zero)
 

@@ -27,14 +27,13 @@ def whole_moves(
     return u.sign() * (u.abs() - 0.5).ceil()
 
 # %% ../../nbs/rounding/16_descent.ipynb #4f47b1da
-def _rows_torch(P, C, move, H, inv_h, scale, low, high, group):
+def _singles_torch(P, C, H, inv_h, scale, low, high, group):
     "One move of every weight in a block of columns `[heads rows cols]`; rows are independent."
     for j, g in enumerate(group.tolist()):
         u = -P[..., j] * inv_h[:, j, None] / scale[..., g]
         new = torch.clamp(C[..., j] + whole_moves(u), low[..., g], high[..., g])
-        move[..., j] = scale[..., g] * (new - C[..., j])
+        P += (scale[..., g] * (new - C[..., j]))[..., None] * H[:, None, j, :]
         C[..., j] = new
-        P += move[..., j, None] * H[:, None, j, :]
 
 # %% ../../nbs/rounding/16_descent.ipynb #ad79d372
 def _inverse_diagonal(M: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]:
@@ -42,26 +41,6 @@ def _inverse_diagonal(M: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]
     diag = M.diagonal(dim1=-2, dim2=-1)
     floor = torch.finfo(M.dtype).eps * diag.amax(-1, keepdim=True).clamp(min=0)
     return torch.where(diag > floor, 1 / diag, 0).nan_to_num(0, 0, 0)
-
-# %% ../../nbs/rounding/16_descent.ipynb #58c735d4
-def _heads_torch(P, C, move, H, inv_h, scale, low, high, group, G, inv_g):
-    "Moves of a block of columns `[heads cols rows]` whose rows are coupled by `G`; the best row first."
-    diag = G.diagonal(dim1=-2, dim2=-1)
-    for j, g in enumerate(group.tolist()):
-        m, c, total = P[:, j].clone(), C[:, j].clone(), torch.zeros_like(P[:, j])
-        for _ in range(4 * P.shape[2]):
-            u = -m * inv_g * inv_h[:, j, None] / scale[:, g]
-            new = torch.clamp(c + whole_moves(u), low[:, g], high[:, g])
-            d = scale[:, g] * (new - c)
-            best = (-d * (2 * m + d * diag * H[:, j, j, None])).argmax(-1, keepdim=True)  # what each move gains
-            d = d.gather(-1, best)
-            if not d.any():
-                break
-            c.scatter_(-1, best, new.gather(-1, best))
-            total.scatter_add_(-1, best, d)
-            m += G.take_along_dim(best[..., None], 1)[:, 0] * d * H[:, j, j, None]
-        C[:, j], move[:, j] = c, total
-        P += H[:, j, :, None] * (G @ total[..., None]).mT
 
 # %% ../../nbs/rounding/16_descent.ipynb #7479392e
 def _least_scale(scale):
@@ -93,15 +72,23 @@ def _joint_minimum(A, b, scale):
 class _Problem(NamedTuple):
     "What stays, with the columns in the order in which they are visited."
 
-    W: Float[Tensor, "heads rows inp"]
+    W: Float[Tensor, "heads rows inp"]  # with `G`: the rows of a head, once or several times over
     H: Float[Tensor, "#heads inp inp"]
-    G: Float[Tensor, "heads rows rows"] | None
+    G: Float[Tensor, "heads out out"] | None
     inv_h: Float[Tensor, "#heads inp"]
-    inv_g: Float[Tensor, "heads rows"] | None
+    inv_g: Float[Tensor, "heads out"] | None
     order: Int[Tensor, " inp"]
     group: Int[Tensor, " inp"]  # of each column
     low: Float[Tensor, "heads rows groups"]  # the least `C`
     high: Float[Tensor, "heads rows groups"]  # the greatest
+
+    def copies(self, t: Float[Tensor, "heads rows n"]) -> Float[Tensor, "heads copies out n"]:
+        "A tensor whose rows are those of `G`, once or several times over."
+        return t.reshape(len(self.G), -1, self.G.shape[-1], t.shape[-1])
+
+    def weighed(self, M: Float[Tensor, "heads rows n"]) -> Float[Tensor, "heads rows n"]:
+        "`G M`."
+        return M if self.G is None else (self.G[:, None] @ self.copies(M)).view(M.shape)
 
 
 class _State(NamedTuple):
@@ -118,14 +105,14 @@ def _problem(W, codes, grid, H, G) -> tuple[_Problem, _State]:
     if G is None and len(H) == 1:
         W = W.reshape(1, -1, d)
     heads, rows, _ = W.shape
-    G = None if G is None else G.reshape(-1, rows, rows).to(W).expand(heads, -1, -1).contiguous()
+    G = None if G is None else G.reshape(-1, *G.shape[-2:]).to(W).expand(heads, -1, -1).contiguous()
     order = H.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
     group = order // (d // grid.scale.shape[-1])
-    codes, scale, zero = (t.reshape(heads, rows, -1).to(W) for t in (codes, grid.scale, grid.zero))
+    codes, scale, zero = (t.reshape(heads, rows, -1).to(W).contiguous() for t in (codes, grid.scale, grid.zero))
     W, H = W[..., order].contiguous(), H[:, order[:, None], order]
     inv_g = None if G is None else _inverse_diagonal(G)
     p = _Problem(W, H, G, _inverse_diagonal(H), inv_g, order, group, -zero, grid.max_code - zero)
-    return p, _State(codes[..., order] - zero[..., group], scale.contiguous())
+    return p, _State(codes[..., order] - zero[..., group], scale)
 
 # %% ../../nbs/rounding/16_descent.ipynb #0956e51c
 def _error(p, s):
@@ -135,48 +122,47 @@ def _error(p, s):
 
 def _slope(p, s):
     "`P = G E H`, half the gradient of the loss."
-    P = _error(p, s) @ p.H
-    return P if p.G is None else p.G @ P
+    return p.weighed(_error(p, s) @ p.H)
 
 
 def _loss(p, s, P):
-    "The loss of every row, or of every head if its rows are coupled. Sums are in float64."
+    "The loss of every row, or of every copy of a head if its rows are coupled. Sums are in float64."
     rows = (_error(p, s) * P).sum(-1, dtype=torch.float64)
-    return rows if p.G is None else rows.sum(-1)
+    return rows if p.G is None else p.copies(rows[..., None])[..., 0].sum(-1)
 
 # %% ../../nbs/rounding/16_descent.ipynb #bd6938d9
 def _refit(p, s, P):
     "New scales for the codes, one group of inputs after the other, and the slope there."
     scale, moved = s.scale.clone(), torch.zeros_like(P)  # moved: the change of `E H` so far
-    weighed = lambda M: M if p.G is None else p.G @ M
     for g in range(scale.shape[-1]):
         cols = (p.group == g).nonzero()[:, 0] if scale.shape[-1] > 1 else slice(None)
         C, now = s.C[..., cols], scale[..., g]
         T = C @ p.H[:, cols]
-        b = -((P[..., cols] + weighed(moved[..., cols])) * C).sum(-1)
+        b = -((P[..., cols] + p.weighed(moved[..., cols])) * C).sum(-1)
         if p.G is None:
             x = (b / (T[..., cols] * C).sum(-1)).nan_to_num(0, 0, 0)
             x = torch.where(now + x > _least_scale(now), x, 0)
         else:
-            x = _joint_minimum((T[..., cols] @ C.mT).mul_(p.G), b, now)
+            b, now = (p.copies(t[..., None])[..., 0] for t in (b, now))
+            x = _joint_minimum((p.copies(T[..., cols]) @ p.copies(C).mT).mul_(p.G[:, None]), b, now).flatten(1)
         scale[..., g] += x
         moved += T.mul_(x[..., None])
-    return s._replace(scale=scale), P.add_(weighed(moved))
+    return s._replace(scale=scale), P.add_(p.weighed(moved))
 
 # %% ../../nbs/rounding/16_descent.ipynb #3cd97cfd
-def _sweep(p, kernels, s, P):
-    "One sweep of single moves over all columns, block by block; returns the codes."
-    turn = (lambda t: t.contiguous()) if p.G is None else (lambda t: t.mT.contiguous())
-    C, P, size = s.C.clone(), P.clone(), 256 if p.G is None else 64
-    bounds = [turn(t) for t in (s.scale, p.low, p.high)]
+BLOCK, CHAIN_BLOCK = 256, 2048  # columns that a kernel sees at a time
+
+
+def _moved(kernel, size, p, s, P, *limits):
+    "The codes after a kernel has gone over all columns of rows that are independent, `size` columns at a time."
+    C, P = s.C.clone(), P.clone()
     for a in range(0, C.shape[-1], size):
         cols, rest = slice(a, a + size), slice(a + size, None)
-        here, codes = turn(P[..., cols]), turn(C[..., cols])
-        move = torch.zeros_like(here)
-        args = here, codes, move, p.H[:, cols, cols].contiguous(), p.inv_h[:, cols].contiguous(), *bounds, p.group[cols]
-        kernels.rows(*args) if p.G is None else kernels.heads(*args, p.G, p.inv_g)
-        C[..., cols] = codes if p.G is None else codes.mT
-        P[..., rest] += (move if p.G is None else p.G @ move.mT) @ p.H[:, cols, rest]
+        here, codes = P[..., cols].contiguous(), C[..., cols].clone(memory_format=torch.contiguous_format)
+        H, inv_h, group = p.H[:, cols, cols].contiguous(), p.inv_h[:, cols].contiguous(), p.group[cols]
+        kernel(here, codes, H, inv_h, s.scale, p.low, p.high, group, *limits)
+        P[..., rest] += (s.scale[..., group] * (codes - C[..., cols])) @ p.H[:, cols, rest]
+        C[..., cols] = codes
     return C
 
 # %% ../../nbs/rounding/16_descent.ipynb #5b75cccd
@@ -213,28 +199,42 @@ def _chains_torch(P, C, H, inv_h, scale, low, high, group, reach, depth, tol):
         keep = active & (owed < -tol * price)
         P, C[:] = torch.where(keep, p, P), torch.where(keep, c, C)
 
+# %% ../../nbs/rounding/16_descent.ipynb #16atatimc
+def _rows_at_a_time(p):
+    "An eighth of the number of rows that `G` leaves independent."
+    R = p.G * p.inv_g[:, :, None].sqrt() * p.inv_g[:, None].sqrt()
+    free = R.diagonal(dim1=-2, dim2=-1).sum(-1).square() / R.square().sum((-1, -2))
+    return int((free.amin() / 8).nan_to_num(1).clamp(1, 128))
+
 # %% ../../nbs/rounding/16_descent.ipynb #e4b54ab8
-def _chain_sweep(p, kernels, s, P):
-    "One sweep of chains over all columns; returns the codes."
-    C, P = s.C.clone(), P.clone()
-    limits = REACH, DEPTH, torch.finfo(P.dtype).eps ** 0.5
+def _taken(own, pair):
+    "Which of several moves are made, the largest gain first: 1 for those that lower the loss beside those before."
+    taken = torch.zeros_like(own)
+    for k in own.argsort(dim=-1, stable=True).split(1, -1):
+        met = (taken * pair.take_along_dim(k[..., None], -2)[..., 0, :]).sum(-1, keepdim=True)
+        taken.scatter_(-1, k, (own.gather(-1, k) + 2 * met < 0).to(own))
+    return taken
+
+
+def _sweep(move, p, s, P):
+    "The codes after `move` has gone over all rows; rows that `G` couples move in blocks and are taken one by one."
     if p.G is None:
-        kernels.chains(P, C, p.H, p.inv_h, s.scale, p.low, p.high, p.group, *limits)
-        return C
-    for block in torch.arange(C.shape[1]).split(64):
-        rows, rest = slice(block[0], block[-1] + 1), slice(block[-1] + 1, None)
-        moved = torch.zeros_like(P[:, rows])  # the change of `E H`
-        for k, i in enumerate(block):
-            row = slice(i, i + 1)
-            old, *bounds = (t[:, row].contiguous() for t in (C, s.scale, p.low, p.high))
-            inv, c = p.inv_g[:, row, None], old.clone()
-            kernels.chains(P[:, row] * inv, c, p.H, p.inv_h, *bounds, p.group, *limits)
-            c = torch.where(inv > 0, c, old)
-            moved[:, k : k + 1] = (bounds[0][..., p.group] * (c - old)) @ p.H
-            P[:, rows] += p.G[:, rows, row] * moved[:, k : k + 1]
-            C[:, row] = c
-        P[:, rest] += p.G[:, rest, rows] @ moved
-    return C
+        return move(p, s, P)
+    C, P, scale, low, high = (p.copies(t).clone() for t in (s.C, P, s.scale, p.low, p.high))
+    flat, size = lambda t: t.flatten(1, 2).contiguous(), _rows_at_a_time(p)
+    for a in range(0, p.G.shape[-1], size):
+        rows = slice(a, a + size)
+        c, sc, lo, hi, slope = (t[:, :, rows] for t in (C, scale, low, high, P))
+        some, old = p._replace(G=None, low=flat(lo), high=flat(hi)), _State(flat(c), flat(sc))
+        new = move(some, old, flat(slope * p.inv_g[:, None, rows, None])).view(c.shape)
+        change = sc[..., p.group] * (new - c)
+        felt = (change.flatten(1, 2) @ p.H).view(c.shape)
+        pair = p.G[:, None, rows, rows] * (felt @ change.mT)
+        own = 2 * (slope * change).sum(-1) + pair.diagonal(dim1=-2, dim2=-1)
+        taken = _taken(own.cpu(), pair.cpu()).to(P)[..., None]
+        P += p.G[:, None, :, rows] @ (felt * taken)
+        C[:, :, rows] = torch.where(taken > 0, new, c)
+    return C.flatten(1, 2)
 
 # %% ../../nbs/rounding/16_descent.ipynb #be1f3ccc
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class DescentResult:
 
     codes: Weight
     grid: Grid  # with the refitted scales
-    losses: Float[Tensor, "sweeps ..."]  # at the start and after each sweep; of each row, with G of each head
+    losses: Float[Tensor, "sweeps ..."]  # at the start, after each sweep; of each row, or with G each head and copy
 
     @property
     def loss(self) -> float:
@@ -254,8 +254,9 @@ class DescentResult:
 def _check(W, grid, H, G, codes, sweeps):
     "Raises `AespaError` on shapes or options that do not fit, `NumericalError` on NaN."
     heads, (rows, inp) = W.shape[:-2], W.shape[-2:]
-    bad_H = H.shape[-2:] != (inp, inp) or H.shape[:-2].numel() not in (1, heads.numel())
-    bad_G = G is not None and (G.shape[-2:] != (rows, rows) or G.shape[:-2].numel() not in (1, heads.numel()))
+    square = lambda M: M.shape[-1] == M.shape[-2] and M.shape[:-2].numel() in (1, heads.numel())
+    bad_H = not square(H) or H.shape[-1] != inp
+    bad_G = G is not None and not (square(G) and rows % G.shape[-1] == 0)
     if bad_H or bad_G or grid.scale.shape[:-1] != W.shape[:-1] or inp % grid.scale.shape[-1] or codes.shape != W.shape:
         shapes = ", ".join(str(list(t.shape)) for t in (W, H, codes, grid.scale, *([] if G is None else [G])))
         raise AespaError(f"W, H, start, scale and G do not fit: {shapes}")
@@ -267,33 +268,35 @@ def _check(W, grid, H, G, codes, sweeps):
 # %% ../../nbs/rounding/16_descent.ipynb #b1d69a91
 @torch.no_grad()
 def descend(
-    W: Weight,  # the weights to approximate
+    W: Weight,  # the weights to approximate; with `G`, possibly several times over: copies of a head below each other
     grid: Grid,
     H: Hessian,  # weighs the inputs; positive semidefinite, one for all heads or one each
     G: Float[Tensor, "*#heads out out"] | None = None,  # weighs the rows of a head; None: rows are independent
     start: Weight | None = None,  # codes (None: the nearest)
-    sweeps: tuple[int, int] = (3, 3),  # at most: of single moves, of chains
+    sweeps: tuple[int, int] = (3, 4),  # at most: of single moves, of chains
     refit: bool = True,  # fit the scales to the codes after every sweep
     backend: str | None = None,  # "torch", "numba" or "triton"; None: the fastest that is there
 ) -> DescentResult:
     "Lowers `tr(G E H E^T)`, `E = scale * (codes - zero) - W`, move by move. Raises `AespaError` on what does not fit."
     codes = grid.codes(W) if start is None else start
     _check(W, grid, H, G, codes, sweeps)
-    torch_kernels = Kernels(_rows_torch, _heads_torch, _chains_torch)
-    kernels = COMPILED.get(pick_backend(backend, W.device), torch_kernels)
+    kernels = COMPILED.get(pick_backend(backend, W.device), Kernels(_singles_torch, _chains_torch))
     p, s = _problem(W if W.dtype == torch.float64 else W.float(), codes, grid, H, G)
+    tol = torch.finfo(p.W.dtype).eps ** 0.5
+    singles = lambda *of: _moved(kernels.singles, BLOCK, *of)
+    chains = lambda *of: _moved(kernels.chains, CHAIN_BLOCK, *of, REACH, DEPTH, tol)
     P = _slope(p, s)
     losses = [_loss(p, s, P)]
-    for moves, most in ((_sweep, sweeps[0]), (_chain_sweep, sweeps[1])):
+    for move, most in ((singles, sweeps[0]), (chains, sweeps[1])):
         for _ in range(most):
-            new = s._replace(C=moves(p, kernels, s, P))
+            new = s._replace(C=_sweep(move, p, s, P))
             slope = _slope(p, new)
             if refit:
                 new, slope = _refit(p, new, slope)
             loss = _loss(p, new, slope)
             better = loss.abs() < losses[-1]  # no loss is negative: what is below zero has only lost its digits
             losses.append(torch.where(better, loss, losses[-1]))
-            wide = better.reshape(*better.shape, *[1] * (3 - better.ndim))
+            wide = better.repeat_interleave(s.C.shape[1] // better.shape[1], 1)[..., None]
             C, scale, P = (torch.where(wide, a, b) for a, b in zip((*new, slope), (*s, P)))
             still, s = torch.equal(C, s.C), _State(C, scale)
             if still and not (losses[-1] < losses[-2] * (1 - 1e-6)).any():
@@ -301,8 +304,8 @@ def descend(
     codes = torch.empty_like(s.C)
     codes[..., p.order] = s.C - p.low[..., p.group]
     fitted = Grid(grid.bits, s.scale.reshape(grid.scale.shape).to(grid.scale), grid.zero)
-    problems = W.shape[:-1] if G is None else W.shape[:-2]
-    return DescentResult(codes.reshape(W.shape).to(W), fitted, torch.stack(losses).reshape(-1, *problems))
+    problems = W.shape[:-1] if G is None else W.shape[:-2] if losses[0].shape[1] == 1 else (*W.shape[:-2], -1)
+    return DescentResult(codes.reshape(W.shape).to(W), fitted, torch.stack(losses).reshape(len(losses), *problems))
 
 # %% ../../nbs/rounding/16_descent.ipynb #157eaadc
 def vary_grid(
@@ -322,18 +325,24 @@ def best_of_starts(
     H: Hessian,
     G: Float[Tensor, "*#heads out out"] | None,
     starts: list[tuple[Grid, Weight | None]],  # grids of one layout, and codes (None: the nearest)
-    sweeps: tuple[int, int] = (3, 3),  # at most: of single moves from each start, of chains from the best
+    sweeps: tuple[int, int] = (3, 4),  # at most: of single moves from each start, of chains from the best
+    together: int = 1,  # starts that descend side by side, where there is room for them
     **options,  # of `descend`
 ) -> DescentResult:  # `losses` begins with the best of the starts' descents
     "Descends from every start, keeps the best for each row (with `G` for each head), and goes on with chains."
     if not starts:
         raise AespaError("best_of_starts needs at least one start")
-    moves, chains = sweeps
-    results = [descend(W, grid, H, G, codes, (moves, 0), **options) for grid, codes in starts]
-    final = torch.stack([r.losses[-1] for r in results])
-    best = final.argmin(0).reshape(1, *final.shape[1:], *[1] * (1 if G is None else 2))
-    choose = lambda parts: torch.stack(parts).take_along_dim(best, 0)[0]
-    scale, zero = choose([r.grid.scale for r in results]), choose([r.grid.zero for r in results])
-    codes = choose([r.codes.byte() for r in results])
-    del results
-    return descend(W, Grid(starts[0][0].bits, scale, zero), H, G, codes, (0, chains), **options)
+    (moves, chains), bits, ends = sweeps, starts[0][0].bits, []
+    for some in (starts[a : a + together] for a in range(0, len(starts), together)):
+        n, below = len(some), lambda parts: torch.cat(list(parts), -2)
+        grid = Grid(bits, below(g.scale for g, _ in some), below(g.zero for g, _ in some))
+        codes = below(g.codes(W) if codes is None else codes for g, codes in some)
+        r = descend(below([W] * n), grid, H, G, codes, (moves, 0), **options)
+        final = r.losses[-1].view(*W.shape[:-2], n, -1, 1)
+        ends.append([final, *(t.unflatten(-2, (n, -1)) for t in (r.grid.scale, r.grid.zero, r.codes.byte()))])
+    at = W.ndim - 2
+    final, *parts = (torch.cat(t, at) for t in zip(*ends))
+    best = final.argmin(at, keepdim=True)
+    scale, zero, codes = (t.take_along_dim(best, at).squeeze(at) for t in parts)
+    del r, ends, parts
+    return descend(W, Grid(bits, scale, zero), H, G, codes, (0, chains), **options)

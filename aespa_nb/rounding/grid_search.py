@@ -35,22 +35,24 @@ def group_hessians(
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 # %% ../../nbs/rounding/12_grid_search.ipynb #c03search
-def _search(W, loss_of, bits, group_size, symmetric, n_clip, min_clip, target) -> Grid:
-    "The candidate, from the range of `W`, with the least `loss_of(error)` when `target` is rounded to nearest."
+def _search(W, loss_of, bits, group_size, symmetric, n_clip, min_clip, target, at_once=1) -> Grid:
+    "The candidate, from the range of `W`, with the least `loss_of(errors)` when `target` is rounded to nearest."
     if n_clip < 1 or not 0 < min_clip <= 1:
         raise AespaError("a search for a grid needs n_clip >= 1 and 0 < min_clip <= 1")
     full = minmax_grid(W, bits, group_size, symmetric)
     W, target = grouped(W, group_size), grouped(target, group_size)
     ideal = (-W.amin(-1)).clamp(min=0) / full.scale
     zeros = [full.zero] if symmetric else [z.clamp(0, full.max_code) for z in (ideal.floor(), ideal.ceil())]
+    clips = torch.linspace(1, min_clip, n_clip).to(W).repeat_interleave(len(zeros))
+    zeros = torch.stack(zeros).repeat(n_clip, *[1] * full.zero.ndim)
     scale, zero, best = full.scale, full.zero, torch.full_like(full.scale, float("inf"))
-    for clip in torch.linspace(1, min_clip, n_clip).tolist():
-        for z in zeros:
-            s = full.scale * clip
-            codes = to_codes(target, s[..., None], z[..., None], full.max_code)
-            loss = loss_of(to_values(codes, s[..., None], z[..., None]) - target)
-            scale, zero = torch.where(loss < best, s, scale), torch.where(loss < best, z, zero)
-            best = torch.minimum(loss, best)
+    for clip, z in zip(clips.split(at_once), zeros.split(at_once)):
+        s = clip.view(-1, *[1] * full.scale.ndim) * full.scale
+        codes = to_codes(target, s[..., None], z[..., None], full.max_code)
+        loss, i = loss_of(to_values(codes, s[..., None], z[..., None]) - target).min(0, keepdim=True)
+        s, z, loss = (t[0] for t in (s.gather(0, i), z.gather(0, i), loss))
+        scale, zero = torch.where(loss < best, s, scale), torch.where(loss < best, z, zero)
+        best = torch.minimum(loss, best)
     return Grid(bits, scale, zero)
 
 # %% ../../nbs/rounding/12_grid_search.ipynb #f0b29473
@@ -87,5 +89,6 @@ def fit_weighted(
     if price.shape[-1] != W.shape[-1]:
         raise AespaError(f"{price.shape[-1]} prices do not belong to a weight with {W.shape[-1]} inputs")
     p = grouped(price[..., None, :].expand(W.shape), group_size)
-    target = W if target is None else target
-    return _search(W, lambda E: (E.square() * p).sum(-1), bits, group_size, symmetric, n_clip, min_clip, target)
+    target, at_once = W if target is None else target, max(1, 2**18 // W.numel())  # few operations, in the cache
+    loss_of = lambda E: (E.square() * p).sum(-1)
+    return _search(W, loss_of, bits, group_size, symmetric, n_clip, min_clip, target, at_once)

@@ -29,10 +29,9 @@ except ImportError:  # comes with the CUDA builds of torch
 
 # %% ../../nbs/rounding/15_moves.ipynb #928a9997
 class Kernels(NamedTuple):
-    "The inner loops of a descent."
+    "The inner loops of a descent, over a block of columns of independent rows."
 
-    rows: Callable  # one move of every weight in a block of columns; rows are independent
-    heads: Callable  # moves of a block of columns whose rows are coupled by `G`, the best row first
+    singles: Callable  # one move of every weight
     chains: Callable  # every code forced in turn, others compensate; kept where the row is lower
 
 # %% ../../nbs/rounding/15_moves.ipynb #b1e59fc0
@@ -48,7 +47,7 @@ def _compiled(f):
 
 # %% ../../nbs/rounding/15_moves.ipynb #b2ae80e7
 @_compiled
-def _rows_loop(P, C, move, H, inv_h, scale, low, high, group, first, last):
+def _singles_loop(P, C, H, inv_h, scale, low, high, group, first, last):
     "Moves of independent rows, for some of the rows, counted through all heads."
     rows, cols = P.shape[1:]
     for n in range(first, last):
@@ -63,48 +62,9 @@ def _rows_loop(P, C, move, H, inv_h, scale, low, high, group, first, last):
             new = min(max(new, low[t, i, group[j]]), high[t, i, group[j]])
             d = s * (new - C[t, i, j])
             if d != 0:
-                C[t, i, j], move[t, i, j] = new, d
+                C[t, i, j] = new
                 for k in range(j + 1, cols):
                     P[t, i, k] += d * H[h, j, k]
-
-# %% ../../nbs/rounding/15_moves.ipynb #acc6b446
-@_compiled
-def _best_row(m, c, scale, low, high, G, inv_g, h, inv):
-    "The row of a column whose move gains most: its number (-1: none), change of weight, and new code."
-    best, most, change, code = -1, h - h, h - h, h - h
-    for i in range(len(m)):
-        u = -m[i] * inv_g[i] * inv / scale[i]
-        if abs(u) > 0.5:
-            new = min(max(c[i] + np.sign(u) * np.ceil(abs(u) - 0.5), low[i]), high[i])
-            d = scale[i] * (new - c[i])
-            fall = -d * (m[i] + m[i] + d * G[i, i] * h)
-            if fall > most:
-                best, most, change, code = i, fall, d, new
-    return best, change, code
-
-
-@_compiled
-def _heads_loop(P, C, move, H, inv_h, scale, low, high, group, G, inv_g, first, last):
-    "Moves of coupled rows, for some of the heads."
-    cols, rows = P.shape[1:]
-    for t in range(first, last):
-        h, felt = min(t, len(H) - 1), np.empty(rows, P.dtype)
-        for j in range(cols):
-            g, n = group[j], 0
-            felt[:] = 0
-            while n < 4 * rows:
-                limits = scale[t, g], low[t, g], high[t, g], G[t], inv_g[t], H[h, j, j], inv_h[h, j]
-                best, d, code = _best_row(P[t, j], C[t, j], *limits)
-                if best < 0:
-                    break
-                n, C[t, j, best] = n + 1, code
-                move[t, j, best] += d
-                for i in range(rows):
-                    felt[i] += G[t, best, i] * d
-                    P[t, j, i] += G[t, best, i] * d * H[h, j, j]
-            for k in range(j + 1, cols if n else 0):
-                for i in range(rows):
-                    P[t, k, i] += H[h, j, k] * felt[i]
 
 # %% ../../nbs/rounding/15_moves.ipynb #0677ebe5
 @_compiled
@@ -178,10 +138,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _in_threads(loop, per_head, *args):
-    "Runs `loop` over all heads (or the rows of all heads), shared among torch's number of threads."
+def _in_threads(loop, *args):
+    "Runs `loop` over the rows of all heads, shared among torch's number of threads."
     arrays = [t.numpy() if isinstance(t, Tensor) else t for t in args]
-    total = len(args[0]) * (1 if per_head else args[0].shape[1])
+    total = len(args[0]) * args[0].shape[1]
     n = min(torch.get_num_threads(), total)
     cuts = [total * i // n for i in range(n + 1)]
     if n == 1:
@@ -205,57 +165,18 @@ if triton:
 
 
     @triton.jit
-    def _rows_program(P, C, move, H, inv_h, scale, low, high, group, rows, cols, groups, own_h, SIZE: tl.constexpr):
+    def _singles_program(P, C, H, inv_h, scale, low, high, group, rows, cols, groups, own_h, SIZE: tl.constexpr):
         n, k = tl.program_id(0), tl.arange(0, SIZE)
         inside, h = k < cols, (n // rows) * own_h
         p, c = tl.load(P + n * cols + k, inside, 0.0), tl.load(C + n * cols + k, inside, 0.0)
-        d_all = p * 0.0
         for j in range(cols):
             g = n * groups + tl.load(group + j)
             s, pj, cj = tl.load(scale + g), _pick(p, k == j), _pick(c, k == j)
             new = _nearest(cj, -pj * tl.load(inv_h + h * cols + j) / s, tl.load(low + g), tl.load(high + g))
             d = s * (new - cj)
-            c, d_all = tl.where(k == j, new, c), tl.where(k == j, d, d_all)
-            p += d * tl.load(H + (h * cols + j) * cols + k, inside, 0.0)
+            c = tl.where(k == j, new, c)
+            p += d * tl.load(H + (h * cols + j) * cols + k, k < tl.where(d != 0, cols, 0), 0.0)
         tl.store(C + n * cols + k, c, inside)
-        tl.store(move + n * cols + k, d_all, inside)
-
-# %% ../../nbs/rounding/15_moves.ipynb #ba0c3fe0
-if triton:
-
-    @triton.jit
-    def _first_row(m, c, s, lo, hi, inv, diag, hjj, i):
-        "The number of the row that gains most, the codes after its move, and the changes of the weights."
-        new = _nearest(c, -m * inv / s, lo, hi)
-        d = s * (new - c)
-        fall = -d * (2 * m + d * diag * hjj)
-        best = tl.argmax(fall, axis=0)
-        here = (i == best) & (fall > 0)
-        return best, tl.where(here, new, c), tl.where(here, d, 0.0)
-
-
-    @triton.jit
-    def _heads_program(P, C, move, H, inv_h, scale, low, high, group, G, inv_g, rows, cols, groups, own_h,
-                       SIZE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-        t, k, i = tl.program_id(0), tl.arange(0, SIZE), tl.arange(0, ROWS)
-        live, h = i < rows, t * own_h
-        inv, diag = tl.load(inv_g + t * rows + i, live, 0.0), tl.load(G + (t * rows + i) * rows + i, live, 0.0)
-        felt = tl.load(P + t * cols * rows + k[:, None] * rows + i[None], (k < cols)[:, None] & live[None], 0.0) * 0.0
-        for j in range(cols):
-            at, g = (t * cols + j) * rows + i, (t * groups + tl.load(group + j)) * rows + i
-            row = tl.load(H + (h * cols + j) * cols + k, k < cols, 0.0)
-            hjj, inv_j = _pick(row, k == j), tl.load(inv_h + h * cols + j)
-            m, c = tl.load(P + at, live, 0.0) + tl.sum(row[:, None] * felt, axis=0), tl.load(C + at, live, 0.0)
-            s, lo, hi = tl.load(scale + g, live, 1.0), tl.load(low + g, live, 0.0), tl.load(high + g, live, 0.0)
-            total, mine, left = m * 0.0, m * 0.0, 4 * rows
-            while left > 0:
-                best, c, d = _first_row(m, c, s, lo, hi, inv * inv_j, diag, hjj, i)
-                total, x = total + d, tl.sum(d, axis=0)
-                pull = tl.load(G + (t * rows + best) * rows + i, live, 0.0) * x
-                m, mine, left = m + pull * hjj, mine + pull, tl.where(x != 0, left - 1, 0)
-            felt = tl.where((k == j)[:, None], mine[None], felt)
-            tl.store(C + at, c, live)
-            tl.store(move + at, total, live)
 
 # %% ../../nbs/rounding/15_moves.ipynb #dbf98f37
 if triton:
@@ -292,42 +213,29 @@ if triton:
         lo, hi = tl.where(inv > 0, lo, c), tl.where(inv > 0, hi, c)
         for j in range(cols):
             may, code, d, price, total = _forced(now, c, lo, hi, s, diag, inv, k == j, reach)
-            p, least = now + d * tl.load(H + (h * cols + j) * cols + k, inside, 0.0), tol * price
+            p, least = now + d * tl.load(H + (h * cols + j) * cols + k, k < tl.where(may, cols, 0), 0.0), tol * price
             q, left = tl.where(k == j, code, c), tl.where(may, depth, 0)
             while left > 0:
                 go, most, b, sign = _next_gain(p, q, lo, hi, s, diag, inside & (k != j), k, total, least, depth)
                 q = tl.where(k == b, q + sign, q)
-                p += sign * _pick(s, k == b) * tl.load(H + (h * cols + b) * cols + k, inside, 0.0)
+                p += sign * _pick(s, k == b) * tl.load(H + (h * cols + b) * cols + k, k < tl.where(go, cols, 0), 0.0)
                 total, left = tl.where(go, total - most, total), tl.where(go, left - 1, 0)
             keep = may & (total < -least)
             now, c = tl.where(keep, p, now), tl.where(keep, q, c)
         tl.store(C + n * cols + k, c, inside)
 
 # %% ../../nbs/rounding/15_moves.ipynb #4345bb57
-def _rows_triton(P, C, move, H, inv_h, scale, *rest):
+def _launch(program, P, C, H, inv_h, scale, *rest):
+    "One program for each row; a warp of 32 threads works on 256 columns."
     heads, rows, cols = P.shape
-    sizes = rows, cols, scale.shape[-1], int(len(H) > 1), triton.next_power_of_2(cols)
-    _rows_program[heads * rows,](P, C, move, H, inv_h, scale, *rest, *sizes, num_warps=1)
-
-
-def _heads_triton(P, C, move, H, inv_h, scale, *rest):
-    heads, cols, rows = P.shape
-    power = triton.next_power_of_2
-    sizes = rows, cols, scale.shape[1], int(len(H) > 1), power(cols), power(rows)
-    _heads_program[heads,](P, C, move, H, inv_h, scale, *rest, *sizes)
-
-
-def _chains_triton(P, C, H, inv_h, scale, *rest):
-    heads, rows, cols = P.shape
-    sizes = rows, cols, scale.shape[-1], int(len(H) > 1), triton.next_power_of_2(cols)
-    P = P.contiguous()
-    _chains_program[heads * rows,](P, C, H, inv_h, scale, *rest, *sizes)
+    size = triton.next_power_of_2(cols)
+    sizes = rows, cols, scale.shape[-1], int(len(H) > 1), size
+    program[heads * rows,](P, C, H, inv_h, scale, *rest, *sizes, num_warps=min(max(size // 256, 1), 16))
 
 # %% ../../nbs/rounding/15_moves.ipynb #80792dae
-COMPILED = {
-    "numba": Kernels(*(partial(_in_threads, f, f is _heads_loop) for f in (_rows_loop, _heads_loop, _chains_loop))),
-    "triton": Kernels(_rows_triton, _heads_triton, _chains_triton),
-}
+COMPILED = {"numba": Kernels(partial(_in_threads, _singles_loop), partial(_in_threads, _chains_loop))}
+if triton:
+    COMPILED["triton"] = Kernels(partial(_launch, _singles_program), partial(_launch, _chains_program))
 
 
 def pick_backend(

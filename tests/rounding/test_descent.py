@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from aespa_nb.rounding import moves
+from aespa_nb.rounding import descent, moves
 from aespa_nb.rounding.adaround import adaround
 from aespa_nb.data.text import load_reference
 from aespa_nb.rounding.descent import DescentResult, best_of_starts, descend, vary_grid, whole_moves
@@ -163,11 +163,15 @@ def test_best_of_starts_chooses_per_problem(coupled):
     W, H = draw(21, 2, 5, 12), damp(gram(22, 12, 40))
     G = damp(gram(23, 5, 20, heads=(2,))) if coupled else None
     starts = [(g, None) for g in vary_grid(minmax_grid(W, 2))]
-    alone = torch.stack([descend(W, g, H, G, sweeps=(10, 0)).losses[-1] for g, _ in starts])
+    alone = torch.stack([descend(W, g, H, G, sweeps=(3, 0)).losses[-1] for g, _ in starts])
     best = best_of_starts(W, H, G, starts)
     assert_close(best.losses[0], alone.amin(0))
     assert (best.losses.diff(dim=0) <= 0).all()
     assert_close(best.losses[-1], loss_of(W, best, H, G))
+    for n in (2, 6):  # side by side
+        beside = best_of_starts(W, H, G, starts, together=n)
+        assert torch.equal(beside.codes, best.codes)
+        assert_close(beside.losses, best.losses)
 
 
 def real_layer(block=3):
@@ -217,7 +221,7 @@ def test_ties_stay():
 
 TRITON = """
 import torch
-from aespa_nb.rounding.descent import descend
+from aespa_nb.rounding.descent import best_of_starts, descend, vary_grid
 from aespa_nb.rounding.grid import minmax_grid
 g = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -228,6 +232,9 @@ for heads_H, coupled, group in ((2, False, 5), (1, True, None), (2, True, 5)):
     a, b = (descend(W, minmax_grid(W, 2, group), H, G, backend=k, **options) for k in ("torch", "triton"))
     assert torch.equal(a.codes, b.codes), (heads_H, coupled)
     torch.testing.assert_close(a.losses, b.losses)
+    starts = [(grid, None) for grid in vary_grid(minmax_grid(W, 2, group))]
+    a, b = (best_of_starts(W, H, G, starts, backend=k, together=n, **options) for k, n in (("torch", 1), ("triton", 6)))
+    assert torch.equal(a.codes, b.codes), (heads_H, coupled)
 """
 
 
@@ -244,3 +251,27 @@ def test_coupled_rows_are_solved_alike_alone_and_beside_others():
     solve = lambda n: descend(W.repeat(n, 1, 1), minmax_grid(W.repeat(n, 1, 1), 2), H, G.repeat(n, 1, 1))
     alone, both = solve(1), solve(2)
     assert torch.equal(both.codes, alone.codes.repeat(2, 1, 1))
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_blocks_of_columns_narrower_than_a_layer(monkeypatch, coupled):
+    monkeypatch.setattr(descent, "BLOCK", 5)
+    monkeypatch.setattr(descent, "CHAIN_BLOCK", 7)
+    W, H = draw(31, 2, 6, 40), damp(gram(32, 40, 30))
+    G = damp(gram(33, 6, 20, heads=(2,))) if coupled else None
+    singles = descend(W, minmax_grid(W, 2), H, G, refit=False, sweeps=(20, 0))
+    r = descend(W, minmax_grid(W, 2), H, G, start=singles.codes, refit=False, sweeps=(0, 6))
+    assert (r.losses.diff(dim=0) <= 0).all() and r.loss < singles.loss  # chains gain
+    assert_close(r.losses[-1], loss_of(W, r, H, G))
+
+
+def test_rows_side_by_side_are_taken_only_where_they_help_each_other():
+    own, pair = torch.tensor([-3.0, -2.0, -1.0, 0.0]), torch.tensor([1.6, 0.4, -9.0])
+    M = torch.zeros(4, 4)
+    M[0, 1:], M[1:, 0] = pair, pair
+    taken = descent._taken(own, M)
+    assert taken.tolist() == [1, 0, 1, 1]  # 2 * 1.6 is more than the second gains; the last gains beside the first
+    for seed in range(20):
+        W, H, G = draw(seed, 1, 40, 12), gram(seed + 1, 12, 20), gram(seed + 2, 40, 8 + 4 * seed)[None]
+        r = descend(W, minmax_grid(W, 2), H, G, sweeps=(4, 4))
+        assert (r.losses.diff(dim=0) <= 0).all() and r.loss < r.losses[0].sum()
