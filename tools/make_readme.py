@@ -5,6 +5,7 @@ Links to other chapters lead to the site; in the section on the ways through the
 """
 
 import argparse
+import itertools
 import re
 from pathlib import Path
 
@@ -33,9 +34,10 @@ def figures_of(cell):
 
 
 def minutes(nb):
-    "How long a page takes to read."
-    words = sum(len(c.source.split()) for c in nb.cells if c.cell_type == "markdown")
-    shown = [c for c in nb.cells if c.cell_type == "code" and not figures_of(c)]
+    "How long a page takes to read, its exercises aside."
+    read = list(itertools.takewhile(lambda c: not c.source.startswith("## Exercises"), nb.cells))
+    words = sum(len(c.source.split()) for c in read if c.cell_type == "markdown")
+    shown = [c for c in read if c.cell_type == "code" and not figures_of(c)]
     shown = [code for d, code in map(directives, shown) if not {"hide", "exporti", "default_exp"} & d.keys()]
     return max(1, round(words / WORDS + sum(bool(s.strip()) for code in shown for s in code.splitlines()) / LINES))
 
