@@ -9,12 +9,11 @@ For the model, `aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first (mak
 
 import argparse
 import json
-import time
 from functools import partial
 
 import torch
 from aespa_nb import AespaConfig, evaluate_model, quantize_model
-from aespa_nb.experiments.cost import SHAPES, TOKEN_PHASES, flop_counter, random_model
+from aespa_nb.experiments.cost import SHAPES, TOKEN_PHASES, device_clock, flop_counter, random_model
 from aespa_nb.model.phases import timed
 from aespa_nb.rounding.descent import descend
 from aespa_nb.rounding.grid import minmax_grid
@@ -27,11 +26,6 @@ MODELS = [  # preset, bits, inputs that share a scale, precision of float32 prod
     ("best", 3, None, "high"),
 ]
 BLOCKS = [("gptq", "high"), ("aespa", "high"), ("best", "high"), ("best", "highest")]
-
-
-def clock(device):
-    "Seconds, after a GPU has finished what it was given."
-    return (torch.cuda.synchronize() if device == "cuda" else None, time.perf_counter())[1]
 
 
 def problem(heads, rows, inp):
@@ -51,11 +45,12 @@ def kernels(job, device, small):
         W, H, G = (None if t is None else t.to(place) for t in parts)
         run = partial(descend, W, minmax_grid(W, 2), H, G)
         run(sweeps=(1, 1))  # compiles
-        start = clock(place)
+        clock = device_clock(torch.device(place))
+        start = clock()
         singles = run(sweeps=(3, 0))
-        middle = clock(place)
+        middle = clock()
         found[place] = run(start=singles.codes, sweeps=(0, 3))
-        out[place] = dict(singles=middle - start, chains=clock(place) - middle)
+        out[place] = dict(singles=middle - start, chains=clock() - middle)
     here, there = found[device], found["cpu"]
     other = (here.codes.cpu() != there.codes).double().mean().item()
     return dict(places=out, other_codes=other, loss=here.loss / there.loss)
@@ -68,7 +63,7 @@ def model(job, device, small):
     changes = dict(iterations=20) if small else {}
     config = AespaConfig.preset(job["preset"], job["bits"], group_size=job["group_size"], batch_size=8, **changes)
     torch.set_float32_matmul_precision(job["products"])
-    with timed(partial(clock, device)) as seconds:
+    with timed(device_clock(torch.device(device))) as seconds:
         report = quantize_model(rounded, full.calib, config)
     torch.set_float32_matmul_precision("highest")
     scores = evaluate_model(rounded, full.heldout, full.model.to(device))._asdict()
@@ -82,7 +77,7 @@ def blocks(job, device, small):
     recipe = partial(AespaConfig.preset, job["preset"], 2, batch_size=1)
     random = partial(random_model, shape, seqlen=length)
     torch.set_float32_matmul_precision(job["products"])
-    with timed(partial(clock, device)) as seconds:
+    with timed(device_clock(torch.device(device))) as seconds:
         report = quantize_model(random(blocks=1).to(device), tokens, recipe(iterations=20 if small else 500))
     with flop_counter() as counter, timed(counter.get_total_flops) as flops:
         quantize_model(random(blocks=1).to(device), tokens[:2], recipe(iterations=20))
