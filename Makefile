@@ -44,7 +44,7 @@ lab: $(DEV)
 
 docs: $(DEV)
 	@rm -rf docs/_build/html
-	$(PY) -m sphinx -q -E -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+	$(PY) -m sphinx -q -E -W --keep-going -j auto -b html -d docs/_build/doctrees docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
 # --- for authors ----------------------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ class Recipe(Changes):
 TEXT_SOURCES = (
     "wikitext2, c4, ptb, reference (bundled), handbook (aespa_nb fetch handbook), "
     "org/name\\[/config]\\[:split\\[:column]] on the Hugging Face hub, a folder, "
-    "a .txt, .md, .jsonl, .json or .parquet file\\[:column], or - for standard input"
+    "a .txt, .md, .jsonl, .json or .parquet file\\[:column], - for standard input, "
+    "or several with weights, e.g. chats.jsonl:messages*3,notes.txt"
 )
 Seqlen = option(int | None, "Text", "Tokens in a window.", min=2, show_default="the model's length, at most 2048")
 Windows = option(int | None, "Text", "Windows that measure.", min=1, show_default="all")
@@ -206,9 +207,9 @@ def window_length(asked: int | None, model, tokenizer, *sources: str) -> int:
     if tokenizer is None:
         advice = "save one beside it, or call quantize_model with tokens of your own"
         raise AespaError(f"the model folder has no tokenizer: {advice}")
-    from aespa_nb.data.text import load_reference
+    from aespa_nb.data.text import load_reference, mixture
 
-    if "reference" in sources and len(tokenizer) != len(load_reference().tokenizer):
+    if any("reference" in mixture(source) for source in sources) and len(tokenizer) != len(load_reference().tokenizer):
         advice = "name a text file or corpus with --calibration (eval: --data)"
         raise AespaError(f"the bundled tokens fit the bundled model only: {advice}")
     return seqlen

@@ -90,6 +90,15 @@ def strided(n, stride):
     return torch.arange(min(stride // 2, n - 1), n, stride)
 
 
+def query_strides(
+    tokens: int,  # of all calibration sequences
+    d_head: int,
+) -> tuple[int, int]:  # stride, coarse
+    "8 and 2 where they leave 32 and 16 times `d_head` queries, less where there are fewer tokens."
+    stride = min(max(tokens // (32 * d_head), 1), 8)
+    return stride, min(max(tokens // (16 * d_head * stride), 1), 2)
+
+
 def _spans(seen, size):
     "At most `size` rows of the table `seen` at a time, with the slice of columns that they reach."
     for rows in torch.arange(len(seen)).split(size):
@@ -124,16 +133,17 @@ def _tiled(add: Callable, seen, size: int) -> None:
         todo = [(done + part, cut) for part, cut in _spans(seen[done:], size)]
 
 # %% ../../nbs/attention/23_gauss_newton.ipynb #3aed18b1
-def _add_q(total, A, V, K, R, M, seen, budget):
-    "Adds `sum_m R_m^T C_m^T M C_m R_m` of one query head to `total`."
+def _add_q(total, A, V, K, R, at, M, seen, budget):
+    "Adds `sum_m R_m^T C_m^T M C_m R_m` of one query head, for its queries `at`, to `total`."
 
     def add(rows, keys):
         C = softmax_covariances(A[:, rows, keys], V[..., keys], K[..., keys])
-        C = _turned(C, None if R is None else R[rows])
+        C = _turned(C, None if R is None else R[at[rows]])
         Y = C.flatten(0, 2)
         total.addmm_(Y.T, Y if M is None else (M @ C).flatten(0, 2))
 
-    _tiled(add, seen, max(1, budget // (len(A) * V.shape[-2] * V.shape[-1])))
+    d, keys = V.shape[-2:]
+    _tiled(add, seen, max(1, budget // (len(A) * d * max(keys, 2 * d))))  # of a query: values by key, then C_m
 
 # %% ../../nbs/attention/23_gauss_newton.ipynb #b45879a5
 def _add_k(total, W, Q, R, seen, budget):
@@ -210,8 +220,8 @@ class GaussNewtonStatistics(GaussNewtonSums):
             A_g, Q_g, W = A_g[:, :, few], Q_g[..., few], W[:, :, few]
             seen = (A_g != 0).flatten(0, 1).any(0).cpu()
             for i in range(group):
-                R_m, M_h = None if R is None else R[at[few]], None if M is None else M[i]
-                _add_q(self.gq[g * group + i], A_g[:, i], V_g, K_g, R_m, M_h, seen, self.budget)
+                M_h = None if M is None else M[i]
+                _add_q(self.gq[g * group + i], A_g[:, i], V_g, K_g, R, at[few], M_h, seen, self.budget)
             _add_k(self.gk[g], W, Q_g, R, seen, self.budget)
             for i, dK_i in enumerate(dK):
                 self.change[g] += _squared_change(A_g[:, :, i :: len(dK)], Q_g[..., i :: len(dK)], V_g, dK_i, M)

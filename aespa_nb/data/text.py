@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'Reference', 'load_reference', 'random_windows', 'consecutive_windows', 'Corpus', 'Text', 'read_text',
-           'Origin', 'Windows', 'begins_with_bos', 'calibration_windows', 'evaluation_windows', 'shared_text',
-           'shared_warning', 'check_tokens']
+           'Origin', 'Windows', 'begins_with_bos', 'mixture', 'calibration_windows', 'evaluation_windows',
+           'shared_text', 'shared_warning', 'check_tokens']
 
 # %% ../../nbs/data/30_text.ipynb #73a28dfc
 import functools
+import math
 import re
 import sys
 from importlib.resources import files
@@ -297,6 +298,43 @@ def _begin(tokens, begin: list[int]):
     "The windows behind the tokens that begin each."
     return torch.cat([torch.tensor(begin, dtype=tokens.dtype).expand(len(tokens), -1), tokens], 1) if begin else tokens
 
+# %% ../../nbs/data/30_text.ipynb #30mix002
+def mixture(
+    source: str,  # spelled as in the table above
+) -> dict[str, float]:  # name of each text -> its share; the shares sum to 1
+    "What a source consists of. Raises `AespaError` for a weight that is no positive number."
+    if "," not in source or Path(source).expanduser().exists():
+        return {source: 1.0}
+    weights = {}
+    for part in source.split(","):
+        name, star, weight = part.strip().rpartition("*")
+        try:
+            weights[name if star else weight] = float(weight) if star else 1.0
+        except ValueError:
+            raise AespaError(f"{part!r}: a weight is a number, as in chats.jsonl*3,notes.txt") from None
+    if not all(name and 0 < weight < math.inf for name, weight in weights.items()):
+        raise AespaError(f"{source!r}: each text of a mixture needs a name and a weight above 0, or none")
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+# %% ../../nbs/data/30_text.ipynb #30mix004
+def _shared_out(samples: int, shares: dict[str, float]) -> list[int]:
+    "Whole windows of each text, by largest remainders. Raises `AespaError` if one would have none."
+    exact = [samples * share for share in shares.values()]
+    counts = [int(x + 1e-9) for x in exact]
+    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: samples - sum(counts)]:
+        counts[i] += 1
+    if 0 in counts:
+        name = list(shares)[counts.index(0)]
+        raise AespaError(f"of {samples} windows {name!r} would have none: take more samples, or a larger weight")
+    return counts
+
+
+def _mixed(source: str, parts: list[Windows]) -> Windows:
+    "The windows of several texts below each other, and where they are from."
+    tokens, split = torch.cat([p.tokens for p in parts]), " and ".join({p.origin.split: None for p in parts})
+    size = dict(available=sum(p.origin.available for p in parts), windows=len(tokens))
+    return Windows(tokens, parts[0].origin._replace(source=source, place=source, split=split, **size))
+
 # %% ../../nbs/data/30_text.ipynb #c13cwin0
 def calibration_windows(
     source: str,  # spelled as in the table above
@@ -307,6 +345,11 @@ def calibration_windows(
     bos: bool | None = None,  # begin each window with BOS; None: where the tokenizer begins a text with it
 ) -> Windows:
     "Seeded random windows of the calibration split; `reference` has ids that are taken as they are."
+    if len(shares := mixture(source)) > 1:
+        draw = lambda name, n: calibration_windows(name, tokenizer, n, seqlen, seed, bos)
+        mixed = _mixed(source, [draw(name, n) for name, n in zip(shares, _shared_out(samples, shares))])
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+        return mixed._replace(tokens=mixed.tokens[order])  # no text comes first
     ids, begin, place, split = _run_of_tokens(source, tokenizer, False, bos)
     tokens = _begin(random_windows(ids, samples, seqlen - len(begin), seed), begin)
     order = f"random windows{' behind BOS' if begin else ''}, seed {seed}"
@@ -323,6 +366,10 @@ def evaluation_windows(
     whole: bool = False,  # of a file all, not its last tenth: nothing calibrates with it
 ) -> Windows:
     "Consecutive windows of the evaluation split; `reference` has ids that are taken as they are."
+    if len(shares := mixture(source)) > 1:
+        counts = [None] * len(shares) if samples is None else _shared_out(samples, shares)
+        take = lambda name, n: evaluation_windows(name, tokenizer, seqlen, n, stride, bos, whole)
+        return _mixed(source, [take(name, n) for name, n in zip(shares, counts)])
     ids, begin, place, split = _run_of_tokens(source, tokenizer, True, bos, whole)
     stride = None if stride == seqlen else stride
     tokens = _begin(consecutive_windows(ids, seqlen - len(begin), stride)[:samples], begin)

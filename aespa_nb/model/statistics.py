@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..attention.any_position import MeasuredStatistics
 from ..attention.feed_forward import feed_forward_metric, slopes
-from ..attention.gauss_newton import GaussNewtonStatistics, output_metric
+from ..attention.gauss_newton import GaussNewtonStatistics, output_metric, query_strides
 from ..attention.kronecker_losses import AttentionShape, AttentionStatistics, KroneckerLoss
 from ..errors import UnsupportedModelError
 from .blocks import expert_matrices, kind_of, reading_inputs, weight_of
@@ -180,6 +180,7 @@ class AttentionCollector:
         keys: dict[str, str],  # role -> name of its part, for the roles wanted, in the order q, k, v
         inputs: dict[str, InputCollector],  # role -> what collects the inputs of its linear
         objective: str,  # "attention" or "gauss-newton"
+        tokens: int,  # that all processes will have read
     ):
         self.roles, self.keys, self.inputs = {r: attention.roles[r] for r in keys}, keys, inputs
         self.objective, self.tokens = objective, 0
@@ -191,16 +192,17 @@ class AttentionCollector:
         device, dtype = gram.total.device, gram.total.dtype
         metric = None if o is None else output_metric(weight_of(block, o).to(dtype), attention.n_heads)
         options = dict(metric=metric, scaling=attention.scaling)
+        stride, coarse = query_strides(tokens, next(iter(self.roles.values())).rows.shape[1])
         if not self.fast:
             rows = {r: role.rows.to(device) for r, role in self.roles.items()}
             inp = {r: len(inputs[r].gram.total) for r in keys}
-            self.sums = MeasuredStatistics(rows, inp, objective, device, dtype, **options)
+            self.sums = MeasuredStatistics(rows, inp, objective, device, dtype, **options, stride=stride * coarse)
             return
         shape = AttentionShape(len(q.rows), self.kv_heads, q.rows.shape[1], len(gram.total))
         if objective == "attention":
             self.sums = AttentionStatistics(shape, q.rotation, device, dtype)
         else:
-            self.sums = GaussNewtonStatistics(shape, q.rotation, device, dtype, **options, stride=8, coarse=2)
+            self.sums = GaussNewtonStatistics(shape, q.rotation, device, dtype, **options, stride=stride, coarse=coarse)
         self.sums.gram, inputs["q"].counted = gram, True  # these statistics add up the inputs themselves
 
     def add(self, batch: Batch) -> None:
@@ -376,7 +378,8 @@ def block_losses(
             if group in inputs and group[0] not in routed:
                 read[role] = inputs[group]
         if read:
-            attentions[i] = AttentionCollector(block, attention, {r: keys[r] for r in read}, read, objective)
+            keys = {r: keys[r] for r in read}
+            attentions[i] = AttentionCollector(block, attention, keys, read, objective, stream.all_tokens)
     before = found.feeds if objective == "gauss-newton" else {}
     plain = [n for n in before if group_of[n] in inputs and n in parts and parts[n].role is None]
     fed = [FeedForwardCollector(block, name, before[name], stream, dtype) for name in plain]

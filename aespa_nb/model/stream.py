@@ -154,6 +154,7 @@ class BlockStream:
         self.own = {key: torch.stack(kept) for key, kept in own.items()}  # arguments that belong to their sequence
         self.calls = [_to(call, self.device, self.dtype) for call in calls]
         self.tokens = self.hidden.shape[:2].numel()  # of this process's sequences
+        self.all_tokens = total * self.hidden.shape[1]  # of all processes'
 
     def close(self) -> None:
         "Frees the hidden states."
@@ -227,7 +228,7 @@ class SplitStream(BlockStream):
     def __init__(self, streams: list[BlockStream]):
         self.streams, first = streams, streams[0]
         self.batch_size, self.device, self.dtype, self.team = first.batch_size, first.device, first.dtype, first.team
-        self.tokens = sum(stream.tokens for stream in streams)
+        self.tokens, self.all_tokens = (sum(getattr(s, name) for s in streams) for name in ("tokens", "all_tokens"))
 
     @property
     def hidden(self) -> Tensor:

@@ -57,8 +57,8 @@ class QuantReport:
 
     @property
     def budget_bytes(self) -> int:
-        "Three times the largest block, its statistics, six times the logits: what `peak_bytes` should stay below."
-        return 3 * self.block_bytes + self.statistics_bytes + 6 * self.logits_bytes
+        "Three largest blocks, their statistics, six times the logits, 4 MiB: what `peak_bytes` should stay below."
+        return 3 * self.block_bytes + self.statistics_bytes + 6 * self.logits_bytes + 2**22
 
     @property
     def bits_per_weight(self) -> float:

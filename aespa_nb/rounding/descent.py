@@ -209,11 +209,13 @@ def _rows_at_a_time(p):
 # %% ../../nbs/rounding/16_descent.ipynb #e4b54ab8
 def _taken(own, pair):
     "Which of several moves are made, the largest gain first: 1 for those that lower the loss beside those before."
-    taken = torch.zeros_like(own)
-    for k in own.argsort(dim=-1, stable=True).split(1, -1):
-        met = (taken * pair.take_along_dim(k[..., None], -2)[..., 0, :]).sum(-1, keepdim=True)
-        taken.scatter_(-1, k, (own.gather(-1, k) + 2 * met < 0).to(own))
-    return taken
+    order = own.argsort(dim=-1, stable=True)
+    pair = 2 * pair.take_along_dim(order[..., None], -2).take_along_dim(order[..., None, :], -1)
+    change, taken = own.gather(-1, order), []
+    for k, beside in enumerate(pair.unbind(-2)):
+        taken.append((change[..., k, None] < 0).to(own))
+        change = torch.addcmul(change, taken[-1], beside)
+    return torch.zeros_like(own).scatter(-1, order, torch.cat(taken, -1))
 
 
 def _sweep(move, p, s, P):

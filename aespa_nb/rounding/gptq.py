@@ -66,6 +66,7 @@ def ordered_factor(H, order):
     return inverse_factor(permuted(permuted(H, order.flip(-1)).mT, order.flip(-1)), reverse=False)
 
 # %% ../../nbs/rounding/13_gptq.ipynb #6b171873
+@torch.no_grad()
 def gptq(
     W: Float[Tensor, "*heads out inp"],
     H: Float[Tensor, "*#heads inp inp"],  # damped, positive definite; one for all heads or one each
@@ -91,13 +92,13 @@ def gptq(
     for a in range(0, inp, block_size):
         b = min(a + block_size, inp)
         s, z = (permuted(t.mT, group[:, a:b]) for t in (scale, zero))
-        B, errors = W[:, a:b], torch.empty_like(W[:, a:b])
-        for j in range(b - a):
-            w = B[:, j]
-            codes[:, a + j] = (torch.round(w / s[:, j]) + z[:, j]).clamp(0, grid.max_code)
-            errors[:, j] = (w - s[:, j] * (codes[:, a + j] - z[:, j])) / U[:, a + j, a + j, None]
-            B[:, j + 1 :] -= U[:, a + j, a + j + 1 : b, None] * errors[:, None, j]
-        W[:, b:] -= U[:, a:b, b:].mT @ errors
+        B, rounded, errors = W[:, a:b], [], []
+        for j, (w, s_j, z_j, u) in enumerate(zip(*(t.unbind(1) for t in (B, s, z, U[:, a:b, a:b])))):
+            rounded.append(torch.round(w / s_j).add_(z_j).clamp_(0, grid.max_code))
+            errors.append((w - s_j * (rounded[-1] - z_j)) / u[:, j, None])
+            B[:, j + 1 :] -= u[:, j + 1 :, None] * errors[-1][:, None]
+        codes[:, a:b] = torch.stack(rounded, 1)
+        W[:, b:] -= U[:, a:b, b:].mT @ torch.stack(errors, 1)
     back = order.argsort(-1)
     return GPTQResult(*(permuted(t, back).mT.reshape(shape) for t in (codes, W)))
 

@@ -109,7 +109,7 @@ def minmax_grid(
     group_size: int | None = None,  # inputs that share a scale; None: the whole row
     symmetric: bool = False,  # zero fixed to the middle code
 ) -> Grid:
-    "The grid whose ends are the smallest and the largest weight of each row or group (0 is always inside)."
+    "The grid from the smallest to the largest weight of each row or group (0 is always inside)."
     check_bits(bits)
     if not torch.isfinite(W).all():
         raise NumericalError("the weight has NaN or Inf: check the checkpoint")

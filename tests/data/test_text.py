@@ -14,6 +14,7 @@ from aespa_nb.data.text import (
     consecutive_windows,
     evaluation_windows,
     load_reference,
+    mixture,
     random_windows,
     read_text,
     shared_text,
@@ -54,6 +55,28 @@ def test_text_that_cannot_be_read(tmp_path):
         assert "\n" not in str(e.value)
     with pytest.raises(AespaError, match="wikitext2"):
         read_text("wikitext3")
+
+
+def test_a_mixture_has_its_shares(tmp_path):
+    for name in ("a", "b", "c,d"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 500)
+    tokenizer, a, b = load_reference().tokenizer, f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"
+    assert mixture(f"{a}*3, {b}") == {a: 0.75, b: 0.25} and list(mixture(f"{tmp_path}/c,d.txt").values()) == [1]
+    assert mixture("a.jsonl:messages*.5,b") == {"a.jsonl:messages": 1 / 3, "b": 2 / 3}
+    wrong = (f"{a}*x,b", "a number"), (f"{a}*0,b", "above 0"), (f"{a},", "a name"), (f"{a},b", "no text")
+    for source, message in wrong:
+        with pytest.raises(AespaError, match=message):
+            calibration_windows(source, tokenizer, 8, 16)
+    with pytest.raises(AespaError, match="of 3 windows .*b.txt' would have none"):
+        calibration_windows(f"{a}*9,{b}", tokenizer, 3, 16)
+    windows = calibration_windows(f"{a}*2,{b}", tokenizer, 7, 16, seed=3)
+    of_b = ["b" in tokenizer.decode(w, skip_special_tokens=True) for w in windows.tokens]
+    assert sum(of_b) == 2 and of_b != sorted(of_b) and windows.origin.windows == 7  # drawn, not one after the other
+    assert torch.equal(windows.tokens, calibration_windows(f"{a}*2,{b}", tokenizer, 7, 16, seed=3).tokens)
+    heldout = evaluation_windows(f"{a}*2,{b}", tokenizer, 16)
+    assert len(heldout.tokens) == sum(len(evaluation_windows(x, tokenizer, 16).tokens) for x in (a, b))
+    assert len(evaluation_windows(f"{a}*2,{b}", tokenizer, 16, 3).tokens) == 3
+    assert shared_warning(windows, heldout) is not None  # each text says the same again and again
 
 
 @pytest.fixture

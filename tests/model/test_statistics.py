@@ -141,7 +141,7 @@ def test_it_does_not_matter_whether_shared_heads_are_handed_over_repeated(object
         handle.remove()
     keys = {p.role: key for key, p in parts_of(block, found).items() if p.role}
     inputs = dict.fromkeys("qkv", InputCollector("q", list(keys.values()), Gram(32)))
-    collector = AttentionCollector(block, found.attentions[0], keys, inputs, objective)
+    collector = AttentionCollector(block, found.attentions[0], keys, inputs, objective, 8)
     assert collector.fast and collector.kv_heads == 2
     for X, (Q, K, V, A) in calls:
         collector.add(Batch({"q": X}, attention=(Q, repeat_kv(K, 4), repeat_kv(V, 4), A)))
@@ -156,7 +156,7 @@ def test_a_part_of_the_roles_is_measured():
         found = survey(model, block, stream)
     keys = {"q": "self_attn.q_proj", "k": "self_attn.k_proj"}
     inputs = dict.fromkeys("qk", InputCollector("q", list(keys.values()), Gram(32)))
-    collector = AttentionCollector(block, found.attentions[0], keys, inputs, "attention")
+    collector = AttentionCollector(block, found.attentions[0], keys, inputs, "attention", 8)
     assert isinstance(collector.sums, MeasuredStatistics) and not inputs["q"].counted
 
 
