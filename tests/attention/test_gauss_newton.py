@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from aespa_nb.attention.block_error import AttentionBlock, moved
 from aespa_nb.attention.forward import repeat_kv, rope_matrices, rotate, split_heads
-from aespa_nb.attention.gauss_newton import GaussNewtonStatistics, output_change, output_metric
+from aespa_nb.attention.gauss_newton import GaussNewtonStatistics, output_change, output_metric, query_strides
 from aespa_nb.errors import AespaError, NumericalError
 from models import attention_module, statistics_of
 
@@ -133,3 +133,13 @@ def test_errors_and_a_single_token():
     assert stats.losses()["q"].G.abs().max() < 1e-20 and stats.losses()["k"].H.abs().max() < 1e-20
     with pytest.raises(NumericalError, match="NaN or Inf"):
         stats.add(X / 0, seen.Q, seen.K, seen.V, seen.A)
+
+
+@pytest.mark.parametrize("d", [16, 64, 128])
+def test_of_few_tokens_every_query_counts(d):
+    found = [query_strides(tokens, d) for tokens in (1, 24 * d, 300 * d, 10**7)]
+    assert found == [(1, 1), (1, 1), (8, 2), (8, 2)]
+    for tokens in range(1, 600 * d, 7 * d):
+        stride, coarse = query_strides(tokens, d)
+        assert stride == 1 or tokens / stride >= 32 * d
+        assert coarse == 1 or tokens / (stride * coarse) >= 16 * d
