@@ -312,8 +312,8 @@ def mixture(
             weights[name if star else weight] = float(weight) if star else 1.0
         except ValueError:
             raise AespaError(f"{part!r}: a weight is a number, as in chats.jsonl*3,notes.txt") from None
-    if not all(name and 0 < weight < math.inf for name, weight in weights.items()):
-        raise AespaError(f"{source!r}: each text of a mixture needs a name and a weight above 0, or none")
+    if len(weights) <= source.count(",") or not all(name and 0 < w < math.inf for name, w in weights.items()):
+        raise AespaError(f"{source!r}: each text of a mixture needs a name of its own, and a weight above 0 or none")
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 # %% ../../nbs/data/30_text.ipynb #30mix004

@@ -154,7 +154,7 @@ class BlockStream:
         self.own = {key: torch.stack(kept) for key, kept in own.items()}  # arguments that belong to their sequence
         self.calls = [_to(call, self.device, self.dtype) for call in calls]
         self.tokens = self.hidden.shape[:2].numel()  # of this process's sequences
-        self.all_tokens = total * self.hidden.shape[1]  # of all processes'
+        self.all_tokens = total * self.hidden.shape[1]  # of all processes
 
     def close(self) -> None:
         "Frees the hidden states."

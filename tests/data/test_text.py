@@ -63,8 +63,8 @@ def test_a_mixture_has_its_shares(tmp_path):
     tokenizer, a, b = load_reference().tokenizer, f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"
     assert mixture(f"{a}*3, {b}") == {a: 0.75, b: 0.25} and list(mixture(f"{tmp_path}/c,d.txt").values()) == [1]
     assert mixture("a.jsonl:messages*.5,b") == {"a.jsonl:messages": 1 / 3, "b": 2 / 3}
-    wrong = (f"{a}*x,b", "a number"), (f"{a}*0,b", "above 0"), (f"{a},", "a name"), (f"{a},b", "no text")
-    for source, message in wrong:
+    wrong = {"*x,b": "a number", "*0,b": "above 0", ",": "a name", f",{a}": "of its own", ",b": "no text"}
+    for source, message in ((f"{a}{rest}", message) for rest, message in wrong.items()):
         with pytest.raises(AespaError, match=message):
             calibration_windows(source, tokenizer, 8, 16)
     with pytest.raises(AespaError, match="of 3 windows .*b.txt' would have none"):
