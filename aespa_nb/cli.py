@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from .errors import AespaError
-from .options import PACKED, PRESETS_TEXT, TEXT_SOURCES, Bos, Engine, Out, Quiet, Seqlen, Trust, Windows
+from .options import PACKED, PRESETS_TEXT, TEXT_SOURCES, AsJson, Bos, Engine, Out, Quiet, Seqlen, Trust, Windows
 from .options import Changes, Recipe, Source, Storage, Text, app, command, for_engine, one_line, option
 from .options import spelled_out, told, window_length
 
@@ -133,7 +133,7 @@ def quantize(
             bit_allocation.check_budget(auto_bits)
             recipe = replace(recipe, bits=round(auto_bits))
         config = recipe.config()
-        storage.check(recipe.bits if auto_bits is None else 8)
+        storage.check(recipe.bits if auto_bits is None else 2)  # the least that may be shared out
         model, tokenizer = source.load()
         storage.check_model(model, tokenizer)
         calib, heldout, said = text.read(model, tokenizer, recipe.seed)
@@ -155,6 +155,10 @@ def quantize(
         print(results.results_table(rows))
     peak, budget = report.peak_bytes / 2**20, report.budget_bytes / 2**20
     print(f"peak memory above the model {peak:.0f} MiB; its budget was {budget:.0f} MiB")
+    for note in report.notes[:3]:
+        print(f"aespa_nb: note: {note}", file=sys.stderr)
+    if more := len(report.notes[3:]):
+        print(f"aespa_nb: {more} more notes in {out}/quantization.json", file=sys.stderr)
     print(f"{done}written to {out}; {loading_text(out)}")
 
 # %% ../nbs/guides/90_cli.ipynb #c41expo
@@ -208,6 +212,7 @@ def evaluate(
     tasks: Tasks,
     reference: option(str | None, "Model", "The full-precision model, to measure KL divergence from it.") = None,
     device: option(str | None, "Model", "Where models compute that fit there, e.g. cuda.", show_default="cpu") = None,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     "Measure a model: perplexity on held-out text, KL divergence from another model, or tasks."
@@ -216,6 +221,8 @@ def evaluate(
     from aespa_nb.data.text import evaluation_windows
     from aespa_nb.model.memory import working_on
 
+    if tasks.tasks and as_json:
+        raise AespaError("--json is for perplexity and KL: leave it out with --tasks")
     model, tokenizer = source.load()
     if tasks.tasks:
         with working_on(model, device) if device else contextlib.nullcontext():
@@ -227,6 +234,9 @@ def evaluate(
     seqlen = window_length(passage.seqlen, model, tokenizer, place)
     heldout, origin = evaluation_windows(place, tokenizer, seqlen, passage.eval_samples, stride, passage.bos, True)
     scores = evaluate_model(model, heldout, other, stride=stride, progress=not quiet, device=device)
+    if as_json:
+        print(json.dumps(dict(text=str(origin), **scores._asdict())))
+        return
     print(f"{origin}\nperplexity {scores.perplexity:.3f}")
     if stride:
         print(f"after the first window, only the last {stride} tokens of each are scored")
@@ -297,7 +307,7 @@ def plan(
     storage: Storage = PACKED,
     engine: Engine = None,
     out: option(str, "Result", "Where quantize will write: is there room?") = ".",
-    as_json: option(bool, "Result", "Print numbers for a program: seconds and bytes.", "--json") = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     "Say how long quantize will take with the same options, and how much memory and disk; it tries one block."
@@ -394,6 +404,8 @@ def main(argv: list[str] | None = None) -> int:
     "Entry point: the exit code. 0, or 2 with one line on standard error when the input cannot work; 130 if stopped."
     words, group = sys.argv[1:] if argv is None else list(argv), typer.main.get_command(app)
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if "_AESPA_NB_COMPLETE" in os.environ:  # a shell asks what could come next
+        return group(prog_name="aespa_nb")
     try:
         with group.make_context("aespa_nb", spelled_out(words, group)) as context:
             if size > 1 and words and words[0] in group.commands.keys() - {"quantize"}:

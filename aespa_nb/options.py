@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'MODEL', 'Trust', 'PRESETS_TEXT', 'PRICES', 'SET', 'KEEP', 'TEXT_SOURCES', 'Seqlen', 'Windows', 'BOS', 'Bos',
-           'Out', 'Form', 'Format', 'Embeddings', 'FOR', 'Engine', 'PACKED', 'Quiet', 'option', 'set_up', 'command',
-           'Source', 'Changes', 'Recipe', 'window_length', 'Text', 'told', 'Storage', 'for_engine', 'spelled_out',
-           'one_line']
+           'Out', 'Form', 'Format', 'Embeddings', 'FOR', 'Engine', 'PACKED', 'Quiet', 'AsJson', 'option', 'set_up',
+           'command', 'Source', 'Changes', 'Recipe', 'window_length', 'Text', 'told', 'Storage', 'for_engine',
+           'spelled_out', 'one_line']
 
 # %% ../nbs/guides/89_options.ipynb #0fa0784a
 import inspect
@@ -26,7 +26,6 @@ app = typer.Typer(
     help="Attention-aware post-training quantization of Transformers to 2-8 bits.",
     epilog="First time here? [bold]aespa_nb demo[/bold] needs no network. Each command has its own --help.",
     rich_markup_mode="rich",
-    add_completion=False,
     no_args_is_help=False,
 )
 
@@ -39,6 +38,7 @@ def option(kind: type, panel: str, text: str, *names: str, **more):
 def set_up(device: str | None) -> None:
     "What precedes every command. Raises `AespaError` for a device that can't compute here."
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # products have the same bits on any number of threads
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other work, threads that spin as they wait cost much
     import matplotlib
     import torch
     from transformers.utils import logging
@@ -142,6 +142,7 @@ class Changes:
     keep: option(list[str], "Rounding", KEEP, metavar="PART=BITS", show_default=False) = ()
     others: option(list[str], "Rounding", SET, "--set", metavar="FIELD=VALUE|FILE", show_default=False) = ()
     symmetric: option(bool, "Rounding", "Fix the zero-point to the middle code.", "--symmetric") = False
+    head: option(int | None, "Rounding", "Bits of the output head, if it has its own.", show_default="as it is") = None
     iterations: option(int | None, "Rounding", "Learning steps.", min=1, show_default="the preset's") = None
     device: option(str | None, "Rounding", "Where blocks are worked on, e.g. cuda.", show_default="the model's") = None
 
@@ -253,11 +254,11 @@ def told(said: dict) -> dict:
 
 # %% ../nbs/guides/89_options.ipynb #db720f10
 Out = option(str, "Result", "Folder to write; must not exist or be empty.", show_default=False)
-Form = Literal["compressed-tensors", "gptq", "dense", "gguf"]
+Form = Literal["compressed-tensors", "gptq", "awq", "dense", "gguf"]
 Format = option(
     Form,
     "Result",
-    "How the checkpoint is stored: gptq is its version 2, gguf one file for llama.cpp, dense loads anywhere.",
+    "How the checkpoint is stored: gptq is its version 2, awq has 4 bits, gguf one file for llama.cpp, dense any.",
     "--format",
 )
 Embeddings = option(int, "Result", "gguf: bits of token embeddings and head, 16 or 8.", "--embeddings")
@@ -272,7 +273,7 @@ class Storage:
     form: Format = "compressed-tensors"
     embeddings: Embeddings = 16
 
-    def check(self, bits: int = 8) -> None:
+    def check(self, bits: int | None = None) -> None:
         "Raises `AespaError` for what doesn't exist."
         from aespa_nb.export.formats import check_format
 
@@ -303,6 +304,7 @@ def for_engine(engine: str | None, recipe: Recipe, storage: Storage) -> tuple[Re
     recipe = replace(recipe, group_size=size, symmetric=recipe.symmetric or symmetric)
     return recipe, replace(storage, form=form)
 Quiet = option(bool, "Result", "Show no progress bars.", "--quiet")
+AsJson = option(bool, "Result", "Print numbers for a program.", "--json")
 
 # %% ../nbs/guides/89_options.ipynb #7ca6ba87
 def spelled_out(words: list[str], group) -> list[str]:

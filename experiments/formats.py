@@ -3,15 +3,17 @@
     python experiments/formats.py           all families, minutes
     python experiments/formats.py Mixtral   only those with this in their names, printed
 
-Rounded to nearest at 4 bits, once with a scale for each row and once in groups of 32. compressed-tensors and dense
-folders are read by stock transformers, which must find every tensor and expect no other; gptq folders by our own
-reader, since transformers reads them through a package that isn't installed here; gguf files by transformers.
+Rounded to nearest at 4 bits, once with a scale for each row and once in groups of 32. Folders are read by stock
+transformers, which must find every tensor and expect no other. For gptq and awq it needs the packages gptqmodel and
+optimum, whose kernels compute in 16 bits: what they have read is unpacked to 16 bits, as is the model's, and computed
+with in 32. Where they aren't installed, our own reader is used.
 """
 
 import copy
 import json
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,7 +34,8 @@ FAMILIES |= {  # more of them, for which no attention error was measured
 FAMILIES["DeepSeek-V3"] = "DeepseekV3", {**FAMILIES["DeepSeek-V3"][1], "kv_lora_rank": 32}  # groups divide it
 FAMILIES["Qwen3"] = "Qwen3", {**FAMILIES["Qwen3"][1], "head_dim": 128}  # what transformers takes for granted in GGUF
 FAMILIES["Mistral"][1]["sliding_window"] = 64  # a GGUF file ends at the window
-FORMATS, GROUPS = ("compressed-tensors", "gptq", "dense", "gguf"), (None, 32)
+FORMATS, GROUPS = ("compressed-tensors", "gptq", "awq", "dense", "gguf"), (None, 32)
+BY_KERNELS = {"gptq": ("GPTQConfig", "gptq_torch"), "awq": ("AwqConfig", "torch_awq")}  # how transformers is asked
 
 
 def output(model, data: dict) -> torch.Tensor:
@@ -40,22 +43,45 @@ def output(model, data: dict) -> torch.Tensor:
         return model(**data)[0]
 
 
+def unpack(model) -> None:
+    "Puts what a kernel has read, as an ordinary linear, in the place of each packed one."
+    for name, packed in list(model.named_modules()):
+        if hasattr(packed, "qweight"):
+            if hasattr(packed, "dequantize_weight"):
+                W = packed.dequantize_weight()
+            else:
+                from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+                W = dequantize_gemm(packed.qweight, packed.qzeros, packed.scales, packed.bits, packed.group_size)
+            W = W.T.half().float()
+            linear = torch.nn.Linear(W.shape[1], W.shape[0], bias=packed.bias is not None)
+            linear.weight.data = W
+            if packed.bias is not None:
+                linear.bias.data = packed.bias.float()
+            model.set_submodule(name, linear)
+
+
 def read(place: Path, family: str) -> list[dict]:
     "In a new process, for each folder: the largest difference of the output, and tensors not as expected."
     data, found = load_file(place / "inputs.safetensors"), []
     for job in json.loads((place / "jobs.json").read_text()):
         folder, expected = place / job["folder"], load_file(place / f"{job['folder']}.safetensors")["output"]
-        if job["format"] == "gptq":
+        if ours := job["format"] in BY_KERNELS and not find_spec("gptqmodel"):
             from aespa_nb import read_quantized
 
-            model, odd = read_quantized(folder).model, []
+            model, odd = read_quantized(folder).model.float(), []
         else:
-            kind = AUTO.get(family, hf.AutoModelForCausalLM)
-            file = {"gguf_file": "model.gguf"} if job["format"] == "gguf" else {}
-            model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **file)
+            kind, more = AUTO.get(family, hf.AutoModelForCausalLM), {}
+            if job["format"] == "gguf":
+                more = {"gguf_file": "model.gguf"}
+            elif job["format"] in BY_KERNELS:
+                name, backend = BY_KERNELS[job["format"]]
+                more = {"quantization_config": getattr(hf, name)(bits=4, backend=backend)}
+            model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **more)
             odd = [str(x) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") for x in told[k]]
+            unpack(model)
         apart = float((output(model.eval(), data) - expected).abs().max() / expected.abs().max())
-        found.append(dict(job, apart=apart, odd=odd))
+        found.append(dict(job, apart=apart, odd=odd, reader="aespa_nb" if ours else "transformers"))
     return found
 
 
@@ -72,10 +98,15 @@ def row(job: dict) -> dict:
             for form in FORMATS:
                 model, name, told = copy.deepcopy(rounded), f"{form}-{size}", dict(format=form, group_size=size)
                 try:
-                    done = export_model(model, copy.deepcopy(report), place / name, form)
+                    short = torch.float16 if form in BY_KERNELS else None  # what their kernels make of all scales
+                    done = export_model(model, copy.deepcopy(report), place / name, form, dtype=short)
                 except AespaError as e:
                     found.append(dict(told, refused=str(e)))
                     continue
+                for layer in report.layers if form in BY_KERNELS else ():
+                    if layer not in done.dense:
+                        p = model.get_parameter(f"{layer}.weight")
+                        p.data = p.half().float()
                 save_file({"output": output(model, data).contiguous()}, place / f"{name}.safetensors")
                 jobs.append(dict(told, folder=name, kept=len(done.dense) if form != "dense" else 0))
         (place / "jobs.json").write_text(json.dumps(jobs))

@@ -1,6 +1,7 @@
 """The command line: what it writes, what it refuses, and that it never loses work or leaves half a result."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +82,11 @@ def test_demo_compares_and_saves(one_block, tmp_path, monkeypatch, capsys):
 def test_eval_of_a_model_against_itself(local, capsys):
     assert main(["eval", local[0], "--reference", local[0], "--data", local[1][1]]) == 0
     assert "KL" in (printed := capsys.readouterr().out) and "0.0000 nats" in printed and "100.0%" in printed
+    assert main(["eval", local[0], "--reference", local[0], "--data", local[1][1], "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kl"] == pytest.approx(0, abs=1e-6) and f"perplexity {found['perplexity']:.3f}" in printed
+    assert main(["eval", local[0], "--tasks", "piqa", "--json"]) == 2
+    assert "--json is for perplexity" in capsys.readouterr().err
 
 
 WRONG = {
@@ -91,6 +97,10 @@ WRONG = {
     "quantize reference --preset magic": "choose one of",
     "quantize reference --format zip": "compressed-tensors",
     "quantize reference --for vllm --format gguf": "--for vllm takes --format compressed-tensors, not gguf",
+    "quantize reference --bits 3 --format awq": "awq has no 3-bit codes, only 4",
+    "quantize reference --auto-bits 3 --format awq": "awq has no 2-bit codes, only 4",
+    "quantize reference --head 12": "keep and head take 2 to 8 bits",
+    "quantize reference --head 8": "no output head of its own",
     "quantize reference --embeddings 8": "gguf has 16 or 8 bits for them, other formats have 16",
     "quantize nothing.gguf": "start from the full-precision one",
     "quantize reference --keep mlp": "PART=BITS",
@@ -230,6 +240,15 @@ def test_help_and_imports_are_light():
     for name, *price in re.findall(r"(\w+) (\d+) s and (\d+) MiB", PRICES):
         run = json.loads((runs / f"{name}-2b-row-s0.json").read_text())
         assert [round(run["cpu_seconds"]), round(run["peak_MiB"])] == list(map(int, price))
+
+
+def test_a_shell_completes_what_is_begun():
+    said = []
+    for words in ("aespa_nb quan", "aespa_nb quantize --for v", "aespa_nb quantize --no-b"):
+        env = dict(_AESPA_NB_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
+        program = [sys.executable, "-m", "aespa_nb"]
+        said.append(subprocess.run(program, env=os.environ | env, capture_output=True, text=True).stdout.split())
+    assert said == [["quantize"], ["vllm"], ["--no-bos"]]
 
 
 def test_commands_are_functions(local, tmp_path):

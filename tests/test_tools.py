@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import check_numbers
 import check_sync
 import nbformat
 import pytest
@@ -113,6 +114,15 @@ def test_numbers_are_unique_over_the_rooms():
     "nbdev exports in their order, and run_nbs runs in it."
     numbers = [p.name.split("_")[0] for p in (ROOT / "nbs").rglob("*.ipynb") if p.name[0].isdigit()]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_numbers_in_prose_without_a_source_are_found(tmp_path):
+    prose = "md Of 250 tokens, 3 or 34 % are lost: .128 instead of .131, of 1,200. Since 1998; $.777$, `.888`."
+    nb = notebook(prose, "tokens, share = 250, 0.337")
+    nb.cells[1].outputs = [new_output("stream", text="now 0.1279, out of 1200")]
+    nbformat.write(nb, tmp_path / "a.ipynb")
+    assert [number for number, _ in check_numbers.unsourced(tmp_path / "a.ipynb")] == [".131"]
+    assert check_numbers.explained("start/08_puzzles") == {".30", ".35"}
 
 
 # --- run_nbs ------------------------------------------------------------------------------------------------------

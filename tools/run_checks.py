@@ -12,6 +12,7 @@ BROWSER = ("tests/test_lab.py", "tests/test_site.py")  # the longest first
 STEPS = {
     "Library and README are what the notebooks say": [PY, "tools/check_sync.py"],
     "Ruff on library, notebooks and scripts": [PY, "-m", "ruff", "check", "--quiet", "."],
+    "Numbers in prose have a source": [PY, "tools/check_numbers.py"],
     "Tests": [PY, "-m", "pytest", "tests", *TWO, "loadfile", *(f"--ignore={t}" for t in BROWSER)],
     "Notebooks run and give the stored outputs": [PY, "tools/run_nbs.py", "--check"],
     "The site builds without a warning": ["make", "--no-print-directory", "docs"],

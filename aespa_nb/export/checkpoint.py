@@ -11,6 +11,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import AespaError
 from .folding import fold_zeta, snap_model
-from .formats import FORMATS, check_format, is_symmetric, packable
+from .formats import FORMATS, Dense, check_format, is_symmetric, packable
 from .gguf_file import check_gguf, read_gguf, split_name, write_gguf
 from ..model.blocks import weight_of
 from ..model.checkpoint import check_bare, check_files, check_sizes, reason_of, shards_of
@@ -158,6 +159,7 @@ def _write_folder(folder: Path, model, layers: dict[str, RoundedLayer], form: st
     model.save_pretrained(folder, state_dict=rest | packed, save_original_format=not packed)
     saved = json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     saved |= {"quantization_config": config} if config else {}
+    saved["quantized_with"] = f"aespa_nb {version('aespa_nb')}"  # under whatever name: who would round it again is told
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
     _check_stored(_stored(folder) if packed else type(model).from_pretrained(folder).state_dict(), packed, rest)
     return sizes
@@ -198,7 +200,7 @@ def write_checkpoint(
     done = Exported(form, dtype, sizes, sum(math.prod(r.shape) for r in layers.values()), list(dense), change)
     if gguf and tokenizer is not None and split_name(tokenizer) is None:
         done.note = "llama.cpp has no known name for how this tokenizer cuts a text: prompts may be other tokens there"
-    kept = layers if form in ("compressed-tensors", "gptq") else report.layers
+    kept = report.layers if isinstance(FORMATS[form], Dense) else layers
     if kept is report.layers:
         save_file(_tensors(kept, form), folder / "quantization.safetensors")
     bits = {n: r.grid.bits for n, r in kept.items()}
@@ -214,7 +216,7 @@ def export_model(
     model: PreTrainedModel,  # rounded by `quantize_model`; afterwards it is what the folder holds
     report: QuantReport,
     folder: str | os.PathLike,  # must not exist, or be empty
-    format: str = "compressed-tensors",  # or "gptq" (version 2), "gguf" (one file, for llama.cpp), or "dense"
+    format: str = "compressed-tensors",  # or "gptq" (version 2), "awq", "gguf" (one file, for llama.cpp), or "dense"
     tokenizer: PreTrainedTokenizerBase | None = None,
     facts: dict | None = None,  # for the model card: "base model", "calibration", "perplexity", ...
     dtype: torch.dtype | None = None,  # of all that isn't packed, scales included; None: the model's (gguf: float16)

@@ -6,6 +6,7 @@
 __all__ = ['load_model']
 
 # %% ../../nbs/export/74_loading.ipynb #47828733
+import re
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ def load_model(
         return model.to(dtype or model.dtype), tokenizer
     config = folder / "config.json"
     ours = (folder / "quantization.json").is_file() and config.is_file() and config.stat().st_size < 2**24
-    if ours and ((folder / "model.gguf").exists() or '"quant_method": "gptq"' in config.read_text(errors="replace")):
+    told = config.read_text(errors="replace") if ours else ""
+    if ours and ((folder / "model.gguf").exists() or re.search(r'"quant_method": "(gptq|awq)"', told)):
         model = read_quantized(folder, trust_remote_code).model
         return model.to(dtype or model.dtype), load_tokenizer(folder, trust_remote_code)
     return load_checkpoint(str(source), dtype, trust_remote_code)

@@ -66,6 +66,7 @@ class Recipe:
     group_size: PositiveInt | None = None  # inputs that share a scale; None: the whole row (per-channel)
     symmetric: bool = False  # zero-point fixed to the middle code
     keep: dict[str, KeptBits] = field(default_factory=dict)  # part of a linear's name -> its own bits; 16: untouched
+    head: KeptBits = 16  # bits of the output head, rounded to its nearest codes at the end; 16: untouched
     # how codes are found
     method: Annotated[str, _one_of(METHODS, "layers")] = "layers"  # or a whole-block method, which uses few fields
     objective: Literal["layer", "attention", "gauss-newton"] = "attention"  # losses: tr(dW H dW^T); the paper's; ours
@@ -103,8 +104,8 @@ class AespaConfig(Recipe):
             said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             said = said if said.startswith("must") else f"must be {said}"
             raise AespaError(f"{name} {said}, not {error['input']!r}") from None
-        if wrong := [bits for bits in self.keep.values() if 8 < bits < 16]:
-            raise AespaError(f"keep takes 2 to 8 bits, or 16 for a linear that is left as it is, not {wrong[0]}")
+        if wrong := [bits for bits in (*self.keep.values(), self.head) if 8 < bits < 16]:
+            raise AespaError(f"keep and head take 2 to 8 bits, or 16 for what is left as it is, not {wrong[0]}")
         if self.end_loss and (self.method != "layers" or self.solver in ("rtn", "gptq")):
             raise AespaError("end_loss weighs outputs, which only descent, adaround, gptq+adaround and boa look at")
         if self.zfold and self.grid == "minmax":

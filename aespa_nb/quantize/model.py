@@ -17,7 +17,7 @@ from ..model.team import ALONE, Team
 from .block import round_block, round_whole_block, tune_block
 from .config import AespaConfig
 from .report import QuantReport
-from .run import Run, tune_model
+from .run import Run, round_head, tune_model
 
 # %% ../../nbs/quantize/65_model.ipynb #edb883c4
 @torch.no_grad()
@@ -29,8 +29,8 @@ def quantize_model(
     journal: str | Path | None = None,  # folder for finished blocks; those it holds already are not done again
     team: Team = ALONE,  # `joined` processes that share the work; each calls this with the same arguments
 ) -> QuantReport:
-    """Rounds the linears of all blocks in place (aespa, Algorithm 1); the rest stays, norms too unless `tuning` or
-    `end_to_end` is on.
+    """Rounds the linears of all blocks in place (aespa, Algorithm 1); the rest stays: norms too unless `tuning` or
+    `end_to_end` is on, the output head unless `head` is.
 
     Raises `AespaError` before anything is changed if the input cannot work."""
     with Run(model, tokens, config, progress, journal, team) as run:
@@ -42,4 +42,6 @@ def quantize_model(
             run.keep(block, layers, new)  # stores it, and sends the inputs of the next block through it
         if config.end_to_end:
             tune_model(run)  # all scales once more, by what the model predicts
+        if config.head < 16:
+            round_head(run)  # to its nearest codes
     return run.report

@@ -11,4 +11,4 @@ def test_what_is_written_is_read_and_what_is_refused_is_told(monkeypatch):
     found = [*packed.values(), dense["dense"], *(r for r in gated.values() if "refused" not in r)]
     assert all(r["apart"] < 1e-4 and r["odd"] == [] for r in found)
     assert gated["compressed-tensors"]["kept"] == 9  # eight of experts, and the gate: one row, in two groups
-    assert {form for form, r in dense.items() if "refused" in r} == {"compressed-tensors", "gptq", "gguf"}
+    assert {form for form, r in dense.items() if "refused" in r} == {"compressed-tensors", "gptq", "awq", "gguf"}

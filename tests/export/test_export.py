@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from aespa_nb.data.text import load_reference
 from aespa_nb.errors import AespaError
 from aespa_nb.export.checkpoint import export_model, read_quantized
 from aespa_nb.export.folding import snap_model
-from aespa_nb.export.formats import FORMATS
 from aespa_nb.export.loading import load_model
 from aespa_nb.model.blocks import linears_of, weight_of
 from aespa_nb.quantize.config import AespaConfig
@@ -133,6 +133,28 @@ def test_gptq_tensors_by_an_unpacking_of_their_own(tmp_path):
         assert (config["bits"], config["group_size"]) == (bits, group_size or -1)
 
 
+def test_awq_tensors_by_an_unpacking_of_their_own(tmp_path):
+    "A word of AWQ holds eight outputs: 0, 2, 4, 6, 1, 3, 5, 7, lowest bits first."
+    for group_size in (None, 16):
+        model, folder = small_model("Llama"), tmp_path / str(group_size)
+        export_model(model, nearest(model, 4, group_size), folder, "awq", dtype=torch.float16)
+        t, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.down_proj"
+
+        def outputs(words):
+            eight = torch.tensor([[parsed([w], 4, 8) for w in row] for row in words])
+            return eight[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1)
+
+        codes, zeros, scales = outputs(t[f"{name}.qweight"]), outputs(t[f"{name}.qzeros"]), t[f"{name}.scales"].float()
+        assert codes.shape == (64, 32) and len(zeros) == len(scales) == 64 // (group_size or 64)
+        weight = (codes - zeros.repeat_interleave(group_size or 64, 0)) * scales.repeat_interleave(group_size or 64, 0)
+        assert torch.equal(weight.T.half(), model.get_parameter(f"{name}.weight").half())
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert (config["bits"], config["group_size"], config["quant_method"]) == (4, group_size or -1, "awq")
+        assert config["modules_to_not_convert"] == ["lm_head"]
+        again = read_quantized(folder).report
+        assert torch.equal(again.layers[name].codes, codes.T) and load_model(folder)[0].dtype == torch.float16
+
+
 # --- loaded elsewhere -----------------------------------------------------------------------------------------------
 
 LIMIT = {(2, None): 0.14, (2, 64): 0.143, (3, None): 0.21, (3, 64): 0.21, (4, None): 0.27, (4, 64): 0.27}
@@ -174,6 +196,15 @@ def other_models(tmp_path):
         ("experts", small_model("Qwen3Moe"), (4,)),
     ):
         add(name, model, nearest(model, *how))
+    for symmetric in (True, False):  # without zero-points, a head may have bits of its own
+        headed = small_model("Llama")
+        recipe = AespaConfig.preset("rtn", 3, group_size=16, symmetric=symmetric, head=8)
+        done = add(f"head-{symmetric}", headed, quantize_model(headed, tokens, recipe))
+        assert done.dense == ([] if symmetric else ["lm_head"])
+        packed = load_file(tmp_path / f"head-{symmetric}/model.safetensors").keys()
+        assert ("lm_head.weight_packed" in packed) == symmetric
+        near = headed.lm_head.weight - small_model("Llama").lm_head.weight
+        assert 0 < near.abs().max() < 0.01
     mixed = small_model("Llama")
     add("mixed", mixed, nearest(mixed, lambda name: 4 if "down_proj" in name else 2, 16, symmetric=True))
     config = json.loads((tmp_path / "mixed/config.json").read_text())["quantization_config"]
@@ -295,6 +326,8 @@ def test_refusals(tmp_path):
     for some, form, report, words in (
         (model, "zip", near(3), "unknown format"),
         (model, "gptq", near(5), "no 5-bit codes"),
+        (model, "awq", near(3), "awq has no 3-bit codes, only 4"),
+        (odd, "awq", nearest(odd, 4), "multiples of 32"),
         (odd, "gptq", nearest(odd, 3), "multiples of 32"),
         (small_model("OPT"), "gguf", nearest(small_model("OPT"), 3), "gguf is written for llama.* not for opt"),
         (model, "gguf", near(8), "no layer of this model can be packed as gguf"),
@@ -339,7 +372,7 @@ def test_scales_survive_even_where_float16_underflows():
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", sorted(FORMATS.keys() - {"gguf"}))  # which has a file of its own
+@pytest.mark.parametrize("form", ["compressed-tensors", "dense", "gptq"])
 @pytest.mark.parametrize("kind, bits, dtype", [("OPT", 3, torch.float32), ("Llama", 8, torch.bfloat16)])
 def test_every_format_is_read_back(kind, bits, dtype, form, tmp_path):
     "Eight-bit codes too, which the weights do not tell apart in bfloat16; the records do."
@@ -416,6 +449,8 @@ def test_command_line_round_trip(tmp_path, capsys):
     words = "quantize reference --bits 3 --preset rtn --samples 1 --seqlen 32 --eval-samples 1 --quiet --out".split()
     assert main([*words, packed]) == 0
     assert "take 0.19" in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "x"), "--head", "8"]) == 2  # tied to the embeddings
+    assert "no output head of its own" in capsys.readouterr().err
     assert main(["export", packed, "--format", "dense", "--out", dense]) == 0
     assert main(["export", dense, "--out", again]) == 0
     first, second = (load_file(f"{folder}/model.safetensors") for folder in (packed, again))
@@ -424,6 +459,24 @@ def test_command_line_round_trip(tmp_path, capsys):
     assert "reference, 1 sequences" in (tmp_path / "again/README.md").read_text()
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
     assert "quantization.json" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    for folder in (packed, dense):  # under another name, and without our file
+        (Path(folder) / "quantization.json").unlink()
+        words[1] = folder
+        assert main([*words, str(tmp_path / "x")]) == 2
+        assert "rounded already" in capsys.readouterr().err
+
+
+def test_a_checkpoint_quantized_by_others_is_told(tmp_path, capsys):
+    words = "quantize reference --bits 4 --preset rtn --samples 1 --seqlen 32 --eval-samples 1 --quiet --out".split()
+    assert main([*words, str(tmp_path / "theirs")]) == 0
+    assert "note" not in capsys.readouterr().err
+    (tmp_path / "theirs/quantization.json").unlink()
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    assert config.pop("quantized_with").startswith("aespa_nb")
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    words[1] = str(tmp_path / "theirs")
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert "aespa_nb: note: the checkpoint was quantized" in capsys.readouterr().err
 
 
 def test_a_result_that_the_format_cannot_hold_is_not_lost(tmp_path, capsys):

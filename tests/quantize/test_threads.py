@@ -41,10 +41,11 @@ def test_long_sums_in_products(threads):
     assert torch.equal(X @ X.mT, first)
 
 
-def test_the_command_line_asks_for_such_products(monkeypatch):
+def test_the_command_line_asks_for_such_products_and_for_threads_that_sleep(monkeypatch):
     monkeypatch.delenv("MKL_CBWR")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     assert main(["eval", "/nowhere"]) == 2
-    assert os.environ["MKL_CBWR"] == "AUTO,STRICT"
+    assert os.environ["MKL_CBWR"] == "AUTO,STRICT" and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("MKL_CBWR", "AVX2")  # who asks for something else gets it
     main(["eval", "/nowhere"])
     assert os.environ["MKL_CBWR"] == "AVX2"
