@@ -53,7 +53,7 @@ rounding/14_adaround | 160 0.75 .285 .715 500 | 2.4 / 0.015; 50 x 0.015; logits 
 rounding/15_moves | 576 | the example's width
 rounding/18_target | 128 4,096 | an example
 rounding/19_packing | 101 24,576 | five in binary; 64 x 384
-start/00_tour | 5.8 | the size of the model
+start/00_tour | 5.8 1.75 | the size of the model; 7 x 2 / 8
 start/01_notation | 255 | the largest code of 8 bits
 start/08_puzzles | .30 .35 | the shares to try
 """  # chapter, numbers, where they are from

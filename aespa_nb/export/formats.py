@@ -75,6 +75,15 @@ class CompressedTensors:
         config = QuantizationConfig(config_groups=groups, ignore=ignore, **form)
         return {**json.loads(config.model_dump_json(exclude_none=True)), "dequantize": len(kinds) == 1}
 
+# %% ../../nbs/export/72_formats.ipynb #72stack
+def _stack(layers: dict[str, RoundedLayer]) -> str:
+    "The module that holds the blocks. Raises `AespaError` if there are several."
+    first, *more = sorted({re.split(r"[.]\d+[.]", name)[0] for name in layers})
+    if more:
+        said = f"transformers loads one stack of blocks from gptq and awq, not {first} and {more[0]}"
+        raise AespaError(f"{said}: export as compressed-tensors")
+    return first
+
 # %% ../../nbs/export/72_formats.ipynb #8a20589a
 class GPTQ:
     "Format gptq_v2; zero-points are always stored."
@@ -99,18 +108,14 @@ class GPTQ:
     def config(self, layers: dict[str, RoundedLayer], ignore: list[str]) -> dict:
         "The `quantization_config` of config.json. Raises `AespaError` if the blocks are not one stack."
         (usual, _), *others = _kinds(layers).items()
-        stack, *more = sorted({re.split(r"[.]\d+[.]", name)[0] for name in layers})
-        if more:
-            raise AespaError(f"transformers loads one stack of blocks from gptq, not {stack} and {more[0]} as well: "
-                             "export as compressed-tensors")
         rule = lambda sign, name: f"{sign}:^{name.replace('.', '[.]')}$"
         number = lambda kind: {"bits": kind[0], "group_size": kind[1] or -1}
         dynamic = {rule("+", name): number(kind) for kind, names in others for name in names}
         dynamic |= {rule("-", name): {} for name in ignore if name != "lm_head"}
         form = dict(quant_method="gptq", checkpoint_format="gptq_v2", pack_dtype="int32", desc_act=False, lm_head=False)
         meta = {"quantizer": [f"aespa_nb:{version('aespa_nb')}"]}
-        form |= dict(sym=is_symmetric(layers), dynamic=dynamic or None, meta=meta, block_name_to_quantize=stack)
-        return {**number(usual), **form}
+        form |= dict(sym=is_symmetric(layers), dynamic=dynamic or None, meta=meta)
+        return {**number(usual), **form, "block_name_to_quantize": _stack(layers)}
 
 # %% ../../nbs/export/72_formats.ipynb #72awqc
 class AWQ:
@@ -139,10 +144,11 @@ class AWQ:
         return RoundedWeight.of(self._unpack(t["qweight"]).T, Grid(4, t["scales"].T.float().contiguous(), zero))
 
     def config(self, layers: dict[str, RoundedLayer], ignore: list[str]) -> dict:
-        "The `quantization_config` of config.json. Raises `AespaError` for layers of several kinds."
+        "The `quantization_config` of config.json. Raises `AespaError` for layers of several kinds or stacks."
         (bits, size), *others = _kinds(layers)
         if others:
             raise AespaError("awq has one number of bits and one group size for all layers: export as gptq or dense")
+        _stack(layers)
         form = dict(quant_method="awq", version="gemm", zero_point=True, modules_to_not_convert=ignore)
         return dict(bits=bits, group_size=size or -1, **form)
 
@@ -192,6 +198,10 @@ def packable(model: PreTrainedModel, layers: dict[str, RoundedLayer], form: str)
     if form == "compressed-tensors" and not is_symmetric(found):  # it can't unpack 4-bit zero-points of one word
         narrow = lambda r: r.grid.bits == 4 and r.shape[0] <= 8 and r.grid.scale.shape[1] > 1
         found = {n: r for n, r in found.items() if not narrow(r)}
+    if form in ("gptq", "awq") and (given := getattr(model, "main_input_name", "input_ids")) != "input_ids":
+        raise AespaError(f"transformers loads gptq and awq for text only, not for {given}: use compressed-tensors")
+    if form == "gptq":  # its loader passes over other classes
+        found = {n: r for n, r in found.items() if type(linears[n]) is nn.Linear}
     if form in ("gptq", "awq") or form == "compressed-tensors" and len(_kinds(found)) > 1 and not is_symmetric(found):
         found = {n: r for n, r in found.items() if linears[n] is not head}
     if form == "gguf":
