@@ -133,7 +133,11 @@ def quantize(
             bit_allocation.check_budget(auto_bits)
             recipe = replace(recipe, bits=round(auto_bits))
         config = recipe.config()
-        storage.check(recipe.bits if auto_bits is None else 2)  # the least that may be shared out
+        if auto_bits is not None and storage.form == "awq":
+            raise AespaError("awq has one number of bits: --auto-bits needs gptq, or compressed-tensors --symmetric")
+        for bits in {*config.keep.values(), *([recipe.bits] if auto_bits is None else [])} - {16}:
+            storage.check(bits)
+        storage.check()
         model, tokenizer = source.load()
         storage.check_model(model, tokenizer)
         calib, heldout, said = text.read(model, tokenizer, recipe.seed)

@@ -283,8 +283,10 @@ class Storage:
 
     def check_model(self, model, tokenizer) -> None:
         "Raises `AespaError` for a model that the format cannot describe: before anything is rounded."
+        from aespa_nb.export.formats import check_loader
         from aespa_nb.export.gguf_file import check_gguf
 
+        check_loader(self.form, model)
         if self.form == "gguf":
             check_gguf(model, tokenizer)
 

@@ -98,7 +98,8 @@ WRONG = {
     "quantize reference --format zip": "compressed-tensors",
     "quantize reference --for vllm --format gguf": "--for vllm takes --format compressed-tensors, not gguf",
     "quantize reference --bits 3 --format awq": "awq has no 3-bit codes, only 4",
-    "quantize reference --auto-bits 3 --format awq": "awq has no 2-bit codes, only 4",
+    "quantize reference --auto-bits 3 --format awq": "awq has one number of bits",
+    "quantize reference --bits 4 --keep up=8 --format awq": "awq has no 8-bit codes, only 4",
     "quantize reference --head 12": "keep and head take 2 to 8 bits",
     "quantize reference --head 8": "no output head of its own",
     "quantize reference --embeddings 8": "gguf has 16 or 8 bits for them, other formats have 16",
@@ -215,7 +216,8 @@ def test_plan(local, tmp_path, capsys):
     assert main(["plan", local[0], *local[1], "--preset", "rtn", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["out_bytes"] > 0 and facts["memory_bytes"] > 0 and "forward" in facts["seconds"]
-    assert main(["plan", local[0], *local[1], "--preset", "rtn"]) == 0 and "in all" in capsys.readouterr().out
+    words = ["plan", local[0], *local[1], "--preset", "rtn", "--head", "8"]
+    assert main(words) == 0 and "in all" in capsys.readouterr().out
 
 
 COMMANDS = ("quantize", "export", "eval", "compare", "plan", "demo")

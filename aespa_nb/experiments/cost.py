@@ -105,7 +105,7 @@ def count_work(
     "Operations of every phase of a run, counted on one block of each kind. Raises as `quantize_model` does."
     counter = flop_counter()
     with one_of_each(model) as times, counter, timed(counter.get_total_flops) as flops:
-        quantize_model(model, tokens, config)
+        quantize_model(model, tokens, replace(config, head=16))
     return {name: n * times for name, n in flops.items()}
 
 # %% ../../nbs/experiments/81_cost.ipynb #a6e4aba4
@@ -190,7 +190,7 @@ def estimate_run(
     check_model(model, tokens, config)
     seqs, length = config.samples or len(tokens), tokens.shape[1]
     n, clock = min(seqs, max(2, 2048 // length)), clock or device_clock(device)
-    few = replace(config, samples=None, iterations=min(config.iterations, max(20, config.iterations // 20)),
+    few = replace(config, samples=None, head=16, iterations=min(config.iterations, max(20, config.iterations // 20)),
                   tuning=min(config.tuning, 4), end_to_end=min(config.end_to_end, 4))  # fmt: skip
     toy = replace(few, group_size=None, keep={}, iterations=1)  # loads and compiles what would be timed otherwise
     quantize_model(random_model("tiny", 1, 16), torch.zeros(2, 16, dtype=torch.long), toy)

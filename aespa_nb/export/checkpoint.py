@@ -200,10 +200,9 @@ def write_checkpoint(
     done = Exported(form, dtype, sizes, sum(math.prod(r.shape) for r in layers.values()), list(dense), change)
     if gguf and tokenizer is not None and split_name(tokenizer) is None:
         done.note = "llama.cpp has no known name for how this tokenizer cuts a text: prompts may be other tokens there"
-    kept = report.layers if isinstance(FORMATS[form], Dense) else layers
-    if kept is report.layers:
-        save_file(_tensors(kept, form), folder / "quantization.safetensors")
-    bits = {n: r.grid.bits for n, r in kept.items()}
+    if beside := report.layers if isinstance(FORMATS[form], Dense) else dense:
+        save_file(_tensors(beside, "dense"), folder / "quantization.safetensors")
+    bits = {n: r.grid.bits for n, r in report.layers.items()}
     about = {"format": form, "bits": bits, "dense": done.dense, "sizes": sizes, "facts": facts}
     (folder / "quantization.json").write_text(json.dumps(json.loads(report.to_json()) | {"export": about}, indent=1))
     if tokenizer is not None:
@@ -280,12 +279,13 @@ def _read(folder: Path, trust_remote_code: bool) -> Quantized:
     recipe = AespaConfig(**{k: v for k, v in saved["config"].items() if k in known})
     report = QuantReport(recipe, seconds=saved["seconds"], peak_bytes=saved["peak_bytes"])
     form, bits = saved["export"]["format"], saved["export"]["bits"]
-    beside, state = folder / "quantization.safetensors", _stored(folder)
-    stored = load_file(beside) if beside.exists() else state
+    path, state = folder / "quantization.safetensors", _stored(folder)
+    beside = load_file(path) if path.exists() else {}
     for name, *costs in ((row[k] for k in ("layer", "loss_rtn", "loss", "seconds")) for row in saved["layers"]):
         if name in bits:
-            parts = {k: stored.pop(f"{name}.{k}") for k in FORMATS[form].holds if f"{name}.{k}" in stored}
-            r = FORMATS[form].read(parts, bits[name])
+            stored, how = (beside, FORMATS["dense"]) if f"{name}.words" in beside else (state, FORMATS[form])
+            parts = {k: stored.pop(f"{name}.{k}") for k in how.holds if f"{name}.{k}" in stored}
+            r = how.read(parts, bits[name])
             report.layers[name] = RoundedLayer(r.words, r.grid, r.zeta, *costs)
             if stored is state:
                 state[f"{name}.weight"] = r.weight()

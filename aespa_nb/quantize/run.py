@@ -62,7 +62,7 @@ def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], conf
     if config.zfold:
         zeta_groups(model)
     if config.head < 16:
-        grouped(_head_of(model)[1].weight[:1], config.group_size)
+        _head_of(model, config)
     names = [f"{path}.{name}" for path, block in blocks.items() for name in linears_of(block)]
     for part in config.keep:
         if not any(part in name for name in names):
@@ -298,28 +298,36 @@ class Run:
         block.stream.run(block.block, keep=True)
 
 # %% ../../nbs/quantize/67_run.ipynb #67head02
-def _head_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
-    "The output head and its name. Raises `AespaError` if there is none of its own."
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is embeddings.weight:
+def _head_of(model: PreTrainedModel, config: AespaConfig) -> tuple[str, nn.Module]:
+    "The output head and its name. Raises `AespaError` if there is none of its own, or groups don't fit."
+    if (head := model.get_output_embeddings()) is None:
+        raise AespaError("head: this model has no output head: leave it at 16")
+    names = {module: name for name, module in model.named_modules() if getattr(module, "weight", None) is head.weight}
+    if len(names) > 1:
         raise AespaError(
             "head: the model has no output head of its own, its weight is that of the token embeddings: "
             "leave it at 16; --for llama.cpp --embeddings 8 stores them in 8 bits"
         )
-    return next(name for name, module in model.named_modules() if module is head), head
+    try:
+        grouped(head.weight[:1], config.group_size)
+    except AespaError as e:
+        raise AespaError(f"{names[head]}: {e}") from None
+    return names[head], head
 
 # %% ../../nbs/quantize/67_run.ipynb #67head03
 @torch.no_grad()
 def round_head(run: "Run") -> None:
-    "Rounds the output head to its nearest codes of `config.head` bits; its loss in the report is the squared error."
-    config, (name, head), parts, loss = run.config, _head_of(run.model), [], 0.0
+    """Rounds the output head to its nearest codes of `config.head` bits, on a symmetric grid, as GGUF's 8 bits are; its
+    loss in the report is the squared error."""
+    config, parts, loss = run.config, [], 0.0
+    name, head = _head_of(run.model, config)
     with working_on(head, run.device):
         for rows in head.weight.split(4096):  # the head may be the largest matrix of all
             W = rows.to(config.dtype)
-            grid = minmax_grid(W, config.head, config.group_size, config.symmetric)
+            grid = minmax_grid(W, config.head, config.group_size, symmetric=True)
             parts.append(RoundedLayer.of(grid.codes(W), grid))
-            rows.copy_(W_hat := parts[-1].weight().to(W))
-            loss += (W_hat - W).square().sum().item()
+            loss += (parts[-1].weight().to(W) - W).square().sum().item()
+            rows.copy_(parts[-1].weight())
     words, scale, zero = (torch.cat(t) for t in zip(*((r.words, r.grid.scale, r.grid.zero) for r in parts)))
     grid, costs = Grid(config.head, scale, zero), dict(loss_rtn=loss, loss=loss)
     run.report.layers[name] = RoundedLayer(words, grid, parts[0].zeta, **costs)

@@ -196,15 +196,16 @@ def other_models(tmp_path):
         ("experts", small_model("Qwen3Moe"), (4,)),
     ):
         add(name, model, nearest(model, *how))
-    for symmetric in (True, False):  # without zero-points, a head may have bits of its own
-        headed = small_model("Llama")
-        recipe = AespaConfig.preset("rtn", 3, group_size=16, symmetric=symmetric, head=8)
-        done = add(f"head-{symmetric}", headed, quantize_model(headed, tokens, recipe))
-        assert done.dense == ([] if symmetric else ["lm_head"])
-        packed = load_file(tmp_path / f"head-{symmetric}/model.safetensors").keys()
-        assert ("lm_head.weight_packed" in packed) == symmetric
-        near = headed.lm_head.weight - small_model("Llama").lm_head.weight
-        assert 0 < near.abs().max() < 0.01
+    for bits, symmetric in ((3, True), (8, True), (3, False)):  # without zero-points, a head may have bits of its own
+        headed, name = small_model("Llama"), f"head-{bits}-{symmetric}"
+        recipe = AespaConfig.preset("rtn", bits, group_size=16, symmetric=symmetric, head=8)
+        done = add(name, headed, report := quantize_model(headed, tokens, recipe))
+        assert done.dense == ([] if symmetric else ["lm_head"]) and report.layers["lm_head"].loss > 0
+        assert ("lm_head.weight_packed" in load_file(tmp_path / name / "model.safetensors")) == symmetric
+        assert 0 < (headed.lm_head.weight - small_model("Llama").lm_head.weight).abs().max() < 0.01
+        export_model(*read_quantized(tmp_path / name)[:2], tmp_path / f"{name}-again", "dense" if bits == 8 else "gptq")
+        again = read_quantized(tmp_path / f"{name}-again").report.layers
+        assert torch.equal(again["lm_head"].codes, report.layers["lm_head"].codes)
     mixed = small_model("Llama")
     add("mixed", mixed, nearest(mixed, lambda name: 4 if "down_proj" in name else 2, 16, symmetric=True))
     config = json.loads((tmp_path / "mixed/config.json").read_text())["quantization_config"]

@@ -74,7 +74,8 @@ def hub(tmp_path_factory):
     Hub.files, home = {}, tmp_path_factory.mktemp("home")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    odd = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(odd) and not k.lower().endswith("_proxy")}
     env |= dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_TOKEN="hf_x", HF_HOME=str(home))
 
     def run(*words):
