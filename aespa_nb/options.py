@@ -329,7 +329,7 @@ def one_line(error: Exception) -> str | None:
     if hasattr(error, "format_message"):  # typer's own: wrong words
         about = getattr(getattr(error, "ctx", None), "command_path", "aespa_nb")
         return f"{' '.join(error.format_message().split()).rstrip('.')}: see {about} --help"
-    from aespa_nb.attention.gauss_newton import out_of_memory
+    from aespa_nb.model.memory import out_of_memory
 
     said = " ".join(str(error).split()) or type(error).__name__
     if out_of_memory(error):

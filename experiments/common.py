@@ -53,15 +53,6 @@ def resume(name: str, jobs, run, whole: bool = False) -> list[dict]:
     return rows_of(name)
 
 
-def measured(name: str, jobs, run, only: str | None) -> list[dict]:
-    "Rows of the whole record; or, printed and not stored, of the jobs in which `only` is named."
-    if only is None:
-        return resume(name, jobs, run, whole=True)
-    rows = [job | run(job) for job in jobs if any(only in value for value in job.values())]
-    print(*rows, sep="\n")
-    return rows
-
-
 def rounded(reference, config):
     "The model of a `Reference` rounded, the report, and the row: scores, CPU seconds and the stamp."
     model, start = copy.deepcopy(reference.model), time.process_time()

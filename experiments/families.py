@@ -66,6 +66,14 @@ FAMILIES = {  # name -> (class of transformers, fields of its configuration)
     "Whisper": ("Whisper", dict(WORDS, **SOUND)),
     "T5": ("T5", dict(WORDS, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, decoder_start_token_id=0)),
 }
+MORE = {  # exported only: no attention error was measured
+    "Qwen2-MoE": ("Qwen2Moe", dict(GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                                   shared_expert_intermediate_size=32)),
+    "OLMoE": ("Olmoe", dict(GQA, num_experts=4, num_experts_per_tok=2)),
+    "PhiMoE": ("Phimoe", dict(GQA, **FEW)),
+    "GLM-4": ("Glm4", HEADS),
+    "SmolLM3": ("SmolLM3", GQA),
+}  # fmt: skip
 AUTO = dict(BERT=hf.AutoModelForMaskedLM, ViT=hf.AutoModel, Whisper=hf.AutoModelForSpeechSeq2Seq)
 AUTO |= dict(T5=hf.AutoModelForSeq2SeqLM)
 RECIPES = {  # all on one grid; the last two are aespa and best without their attention-aware losses
@@ -76,7 +84,7 @@ RECIPES = {  # all on one grid; the last two are aespa and best without their at
 
 def build(name: str, seed: int = 0, **changes):
     "A small model of the family. Its weights have structure: a few strong directions over noise, uneven inputs."
-    kind, options = FAMILIES[name]
+    kind, options = (FAMILIES | MORE)[name]
     tokens = {} if name == "ViT" else dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     config = getattr(hf, f"{kind}Config")(**{**tokens, **options, **changes})
     torch.manual_seed(seed)

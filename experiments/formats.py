@@ -1,7 +1,4 @@
-"""A small model of each family, exported in each format and read in a new process; to nbs/runs/formats.json.
-
-    python experiments/formats.py           all families, minutes
-    python experiments/formats.py Mixtral   only those with this in their names, printed
+"""A small model of each family, exported in each format and read in a new process, to nbs/runs/formats.json: minutes.
 
 Rounded to nearest at 4 bits, once with a scale for each row and once in groups of 32. Folders are read by stock
 transformers, which must find every tensor and expect no other. For gptq and awq it needs the packages gptqmodel and
@@ -19,21 +16,15 @@ from pathlib import Path
 import torch
 import transformers as hf
 from aespa_nb import AespaConfig, AespaError, export_model, quantize_model
-from common import fresh, measured
-from families import AUTO, FAMILIES, FEW, GQA, HEADS, build, inputs
+from common import fresh, resume
+from families import AUTO, FAMILIES, MORE, build, inputs
 from safetensors.torch import load_file, save_file
 
-FAMILIES |= {  # more of them, for which no attention error was measured
-    "Qwen2-MoE": ("Qwen2Moe", dict(GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-                                   shared_expert_intermediate_size=32)),
-    "OLMoE": ("Olmoe", dict(GQA, num_experts=4, num_experts_per_tok=2)),
-    "PhiMoE": ("Phimoe", dict(GQA, **FEW)),
-    "GLM-4": ("Glm4", HEADS),
-    "SmolLM3": ("SmolLM3", GQA),
-}  # fmt: skip
-FAMILIES["DeepSeek-V3"] = "DeepseekV3", {**FAMILIES["DeepSeek-V3"][1], "kv_lora_rank": 32}  # groups divide it
-FAMILIES["Qwen3"] = "Qwen3", {**FAMILIES["Qwen3"][1], "head_dim": 128}  # what transformers takes for granted in GGUF
-FAMILIES["Mistral"][1]["sliding_window"] = 64  # a GGUF file ends at the window
+CHANGES = {
+    "DeepSeek-V3": dict(kv_lora_rank=32),  # groups divide it
+    "Qwen3": dict(head_dim=128),  # what transformers takes for granted in GGUF
+    "Mistral": dict(sliding_window=64),  # a GGUF file ends at the window
+}
 FORMATS, GROUPS = ("compressed-tensors", "gptq", "awq", "dense", "gguf"), (None, 32)
 BY_KERNELS = {"gptq": ("GPTQConfig", "gptq_torch"), "awq": ("AwqConfig", "torch_awq")}  # how transformers is asked
 
@@ -93,7 +84,7 @@ def row(job: dict) -> dict:
         place = Path(folder)
         save_file(data, place / "inputs.safetensors")
         for size in GROUPS:
-            rounded = build(family)
+            rounded = build(family, **CHANGES.get(family, {}))
             report = quantize_model(rounded, inputs(family), AespaConfig.preset("rtn", 4, group_size=size))
             for form in FORMATS:
                 model, name, told = copy.deepcopy(rounded), f"{form}-{size}", dict(format=form, group_size=size)
@@ -117,4 +108,4 @@ if __name__ == "__main__":
     if "--read" in sys.argv:
         print(json.dumps(read(Path(sys.argv[2]), sys.argv[3])))
     else:
-        measured("formats", [dict(family=name) for name in FAMILIES], row, next(iter(sys.argv[1:]), None))
+        resume("formats", [dict(family=name) for name in (*FAMILIES, *MORE)], row, whole=True)

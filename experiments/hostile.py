@@ -1,13 +1,10 @@
 """Damaged files and hostile input: every case ends in one line and exit code 2, or does what was asked.
 
-    python experiments/hostile.py                              every kind, 12 seeds; nbs/runs/hostile.json
-    python experiments/hostile.py --only index --seeds 3       a part, printed
-
-Each case is a call of the command line in this process. What is watched: the exit code, standard error, all files
-around `--out` before and after, a canary that writes a file if code of the checkpoint runs, memory, and time.
+Every kind with 12 seeds, to nbs/runs/hostile.json; `one(base, kind, seed)` is one of them. Each case is a call of the
+command line in this process. What is watched: the exit code, standard error, all files around `--out` before and
+after, a canary that writes a file if code of the checkpoint runs, memory, and time.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,7 +22,7 @@ from pathlib import Path
 import torch
 from aespa_nb.cli import main
 from aespa_nb.model.memory import resident
-from common import make_model, measured
+from common import make_model, resume
 from safetensors.torch import load_file, save_file
 
 MEMORY, SECONDS = 512 << 20, 120  # bytes that a case may add, and its time
@@ -81,7 +78,7 @@ def odd_field(data: bytes, g) -> bytes:
     return json.dumps({k: v for k, v in fields.items() if k != name} | g.choice([{}, {name: g.choice(ODD)}])).encode()
 
 
-def resume(r, *more):
+def resumed(r, *more):
     (r / "done").rename(r / "out")
     return words(r, *more, "--resume")
 
@@ -99,7 +96,7 @@ FILES = {
         "eval", str(r / "model"), "--data", str(r / "text.txt"), *"--seqlen 16 --eval-samples 2 --quiet".split()]),
     "result to be exported": ("done/*.*", lambda r, path: [
         "export", str(r / "done"), "--format", "dense", "--out", str(r / "out")]),
-    "result to be resumed": ("done/results.json", lambda r, path: resume(r)),
+    "result to be resumed": ("done/results.json", lambda r, path: resumed(r)),
 }  # fmt: skip
 
 
@@ -221,7 +218,7 @@ def unfinished(r, g):
 
 
 def another_setting(r, g):
-    return resume(r, *g.choice(["--bits 8", "--seed 3", "--preset gptq"]).split())
+    return resumed(r, *g.choice(["--bits 8", "--seed 3", "--preset gptq"]).split())
 
 
 def out_taken(r, g):
@@ -300,18 +297,14 @@ def one(base: Path, name: str, seed: int) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="kinds whose name contains this: printed, not stored")
-    parser.add_argument("--seeds", type=int, default=12)
-    args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (2**35, resource.RLIM_INFINITY))
     with tempfile.TemporaryDirectory() as folder:
         make_base(Path(folder))
 
         def run(job):
-            rows = [one(Path(folder), job["kind"], seed) for seed in range(args.seeds)]
-            print(*(row for row in rows if args.only is not None or row["verdict"] in BAD), sep="\n")
+            rows = [one(Path(folder), job["kind"], seed) for seed in range(12)]
+            print(*(row for row in rows if row["verdict"] in BAD), sep="\n")
             return dict(verdicts=Counter(r["verdict"] for r in rows), said=sorted({r["said"] for r in rows}))
 
-        rows = measured("hostile", [dict(kind=kind) for kind in KINDS], run, args.only)
+        rows = resume("hostile", [dict(kind=kind) for kind in KINDS], run, whole=True)
     sys.exit(any(verdict in BAD for row in rows for verdict in row["verdicts"]))

@@ -33,12 +33,11 @@ OWNERS = {  # record -> the commands that make it, as words behind `python`
     "faults": [[f"{HERE}/faults.py", *words.split()] for words in (
         "kills --count 300", "kills --count 100 --ranks 2", "disk --count 30")],
     **{name: [[f"{HERE}/{name}.py"]] for name in (
-        "bits", "texts", "arithmetic", "families", "formats", "hostile", "torture", "pays", "smollm2", "scale",
-        "llama_cpp", "situations")},
+        "bits", "texts", "arithmetic", "families", "formats", "hostile", "torture", "pays", "smollm2", "llama_cpp",
+        "situations")},
     "attention": [[f"{HERE}/pays.py", "attention"]],
-    "cost": [[f"{HERE}/cost.py", "growth"]],
-    "plan": [[f"{HERE}/cost.py", "estimates"]],
-    "loading": [[f"{HERE}/peak_memory.py", "build/big"]],
+    **{name: [[f"{HERE}/cost.py", word]] for name, word in dict(
+        cost="growth", plan="estimates", loading="loading", scale="processes").items()},
     "peers": [],  # each needs an environment of its own: experiments/peers/run.py
 }  # fmt: skip
 

@@ -1,14 +1,11 @@
 """Random situations of users: models, texts and options as people bring them, drawn together.
 
-    python experiments/situations.py                 300 of them; nbs/runs/situations.json
-    python experiments/situations.py --seeds 17 40   only these, printed
-
-Each is a call of `aespa_nb quantize` in this process. It ends well, and then stock transformers (for gptq: our reader)
-load the folder and find the perplexity that was reported, and its codes say what bits were asked for; or in one line
-and exit code 2, with nothing written. Anything else is named: see `BAD`.
+300 of them, to nbs/runs/situations.json; `situation(17)` is one. Each is a call of `aespa_nb quantize` in this
+process. It ends well, and then stock transformers (for gptq: our reader) load the folder and find the perplexity that
+was reported, and its codes say what bits were asked for; or in one line and exit code 2, with nothing written.
+Anything else is named: see `BAD`.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -24,8 +21,8 @@ import transformers as hf
 from aespa_nb import evaluate_model, load_model, read_quantized
 from aespa_nb.cli import main
 from aespa_nb.data import text
-from common import measured
-from formats import FAMILIES
+from common import resume
+from families import FAMILIES, MORE
 
 BAD = ("traceback", "several lines", "left something", "half written", "other perplexity", "other bits")
 SKIPPED = {"BERT", "ViT", "Whisper", "T5"}  # no decoders of text
@@ -54,8 +51,8 @@ def texts(folder: Path, documents: list[str]) -> dict[str, str]:
 
 def make_model(draw: random.Random, folder: Path, tokenizer) -> str:
     "A small model of some family in a folder as people have them; gives what it is, in words."
-    family = draw.choice(sorted(FAMILIES.keys() - SKIPPED))
-    kind, fields = FAMILIES[family]
+    family = draw.choice(sorted({*FAMILIES, *MORE} - SKIPPED))
+    kind, fields = (FAMILIES | MORE)[family]
     fields = fields | dict(vocab_size=len(tokenizer), tie_word_embeddings=draw.random() < 0.4)
     fields |= dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(draw.randrange(99))
@@ -83,7 +80,8 @@ def options(draw: random.Random, sources: dict[str, str]) -> list[str]:
     words += rarely(0.2, "--keep", draw.choice(["0.=16", "0.=4", "0.=8", "0.=3", "q_proj=4", "nothing=4", "down"]))
     words += rarely(0.7, "--format", draw.choice("compressed-tensors gptq dense gguf".split()))
     words += rarely(0.15, "--for", draw.choice("transformers vllm llama.cpp".split()))
-    words += rarely(0.1, "--embeddings", "8") + rarely(0.1, "--set", draw.choice(["end_loss=true", "starts=2", "x=1"]))
+    words += rarely(0.1, "--embeddings", "8")
+    words += rarely(0.1, "--set", draw.choice(["end_loss=true", "damping=0.1", "x=1"]))
     return words + rarely(0.2, "--bos") + ["--samples", "3", "--seqlen", "24", "--eval-samples", "4", "--quiet"]
 
 
@@ -142,14 +140,5 @@ def situation(seed: int) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--seeds", type=int, nargs="*", help="only these, printed")
-    args = parser.parse_args()
-    if args.seeds:
-        for seed in args.seeds:
-            print(json.dumps(situation(seed), indent=1))
-    else:
-        jobs = [dict(seed=seed) for seed in range(args.count)]
-        rows = measured("situations", jobs, lambda job: situation(**job), None)
-        print(Counter(row["end"].split(":")[0] for row in rows))
+    rows = resume("situations", [dict(seed=seed) for seed in range(300)], lambda job: situation(**job), whole=True)
+    print(Counter(row["end"].split(":")[0] for row in rows))

@@ -4,14 +4,12 @@ Minutes to an hour a run on one core; learned presets take fewer steps than they
 `aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first (make smollm2).
 """
 
-import argparse
-import itertools
-
 from aespa_nb import AespaConfig, evaluate_model
 from common import resume, rounded, windows_of
 
 FORMATS = dict(g64=(2, 64), row=(3, None))  # bits, inputs that share a scale
-FEWER = dict(adaround=dict(iterations=200), aespa=dict(iterations=200), signround=dict(iterations=50))
+PRESETS = dict(g64="gptq best", row="rtn gptq adaround aespa best")
+FEWER = dict(adaround=dict(iterations=200), aespa=dict(iterations=200))
 PROMPTS = "What is the capital of France?", "What is a file system?", "Give me a rhyme about rain."
 TEXT = "handbook", 32, 512, 12  # calibration windows, their tokens, windows that measure
 
@@ -44,11 +42,5 @@ def measure(job):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default="rtn gptq adaround aespa best".split())
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    args = parser.parse_args()
-    resume("smollm2", [dict(preset="full")], measure)
-    for seed, form, preset in itertools.product(args.seeds, args.formats, args.presets):
-        resume("smollm2", [dict(preset=preset, format=form, seed=seed)], measure)
+    runs = [dict(preset=preset, format=form, seed=0) for form, presets in PRESETS.items() for preset in presets.split()]
+    resume("smollm2", [dict(preset="full"), *runs], measure, whole=True)

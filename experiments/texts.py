@@ -14,16 +14,8 @@ from common import RUNS, WINDOWS, stale, stamp, write_record
 
 PRESETS = ("rtn", "gptq", "adaround", "aespa", "best")
 BITS, SAMPLES, ITERATIONS = 2, 128, 500  # as the demo
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 48, 40
-
-
-@torch.no_grad()
-def continuations(model, prompts) -> list[list[int]]:
-    "The most probable next tokens, again and again."
-    ids = prompts
-    for _ in range(NEW_TOKENS):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return ids[:, prompts.shape[1] :].tolist()
+PROMPTS, PROMPT_TOKENS = 12, 48
+GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
 
 
 if __name__ == "__main__" and stale(path := RUNS / "texts.json"):
@@ -38,7 +30,8 @@ if __name__ == "__main__" and stale(path := RUNS / "texts.json"):
             snap_model(rounded, report, torch.float16)
         scores = evaluate_model(rounded, heldout[:WINDOWS], model)
         row = dict(method=preset, perplexity=scores.perplexity, kl=scores.kl)
-        runs.append(row | dict(tokens=continuations(rounded, prompts)))
+        words = rounded.generate(prompts, attention_mask=torch.ones_like(prompts), **GREEDY)
+        runs.append(row | dict(tokens=words[:, PROMPT_TOKENS:].tolist()))
         print(preset, f"KL {scores.kl:.4f}", repr(tokenizer.decode(runs[-1]["tokens"][0])), flush=True)
     content = dict(settings=settings, prompts=prompts.tolist(), runs=runs)
     write_record(path, content | dict(made=stamp(settings | dict(presets=list(PRESETS)))))

@@ -1,13 +1,10 @@
 """Damaged models: each must end in a finite model no worse than round-to-nearest, or in one clear line.
 
-    python experiments/torture.py                       everything; nbs/runs/torture.json
-    python experiments/torture.py --only dead           a part, printed
-
-What "no worse" means: the squared error of every block's output on the calibration tokens, relative to the output,
-summed over blocks, against that of the preset rtn; up to `TOLERANCE`. Everything is measured in float64.
+To nbs/runs/torture.json; `one(model, case, preset)` is one of them. What "no worse" means: the squared error of every
+block's output on the calibration tokens, relative to the output, summed over blocks, against that of the preset rtn;
+up to `TOLERANCE`. Everything is measured in float64.
 """
 
-import argparse
 import copy
 import math
 import sys
@@ -18,7 +15,7 @@ import torch
 import transformers as hf
 from aespa_nb import PRESETS, AespaConfig, AespaError, quantize_model
 from aespa_nb.model.blocks import linears_of, stacks_of, weight_of
-from common import measured
+from common import resume
 
 SMALL = 1e-4  # a relative squared error that nobody sees: there the order of two presets says nothing
 TOLERANCE = 0.02
@@ -176,13 +173,10 @@ def all_presets(job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="models or cases whose name contains this: printed, not stored")
-    args = parser.parse_args()
     warnings.simplefilter("error", RuntimeWarning)
     hf.utils.logging.set_verbosity_error()
     jobs = [dict(model=kind, case=name) for kind in MODELS for name in CASES]
-    found = measured("torture", jobs, all_presets, args.only)
+    found = resume("torture", jobs, all_presets, whole=True)
     bad = [r for r in found if set(BAD) & set(r["ends"])]
     print(*bad, f"{len(found)} damaged models, {len(bad)} bad ends", sep="\n")
     sys.exit(bool(bad))

@@ -1,6 +1,11 @@
-"""Small random models that several tests share."""
+"""Small random models that several tests share, and what they ask of them."""
 
+import contextlib
+import copy
+
+import pytest
 import torch
+from aespa_nb import AespaError
 from aespa_nb.attention.block_error import AttentionBlock
 from aespa_nb.attention.forward import causal_mask, rope_cos_sin, rope_matrices
 from aespa_nb.attention.kronecker_losses import AttentionStatistics
@@ -20,6 +25,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
@@ -55,6 +61,34 @@ def loud(kind="llama", factor=10):
     model = small(kind)
     model.get_output_embeddings().weight.mul_(factor)
     return model
+
+
+def same(a, b):
+    "Are two values equal to the last bit, with all tensors, lists and dictionaries in them?"
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@contextlib.contextmanager
+def unchanged(model):
+    "What happens inside leaves the model as it was: weights, what learns, no gradients, hooks, methods of modules."
+    learning = lambda: [(p.requires_grad, p.grad is None) for p in model.parameters()]
+    hooks = lambda: [("forward" in vars(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    before = copy.deepcopy(model.state_dict()), learning(), hooks()
+    yield
+    assert same(before[0], model.state_dict()), "weights have changed"
+    assert (learning(), hooks()) == before[1:], "gradients, what learns, or hooks"
+
+
+@contextlib.contextmanager
+def refused(match=None):
+    "What happens inside ends with an `AespaError` of one line."
+    with pytest.raises(AespaError, match=match) as error:
+        yield error
+    assert "\n" not in str(error.value), error.value
 
 
 def checked(module, name):

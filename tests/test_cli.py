@@ -20,7 +20,6 @@ from aespa_nb.quantize.journal import check_free, complete_folder
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SHORT = "--samples 4 --eval-samples 4 --iterations 5 --quiet".split()
-RTN = "quantize reference --preset rtn --bits 4 --samples 2 --seqlen 64 --eval-samples 2 --quiet --out".split()
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +27,17 @@ def local(tmp_path_factory):
     "A LLaMA folder with the bundled tokenizer, and the words that calibrate it with a text."
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    sizes = dict(vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    sizes = dict(vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64)).save_pretrained(folder)
     load_reference().tokenizer.save_pretrained(folder)
     (folder / "text.txt").write_text("A tensor is an array that knows its shape, its dtype and its device. " * 80)
     return str(folder), ["--calibration", str(folder / "text.txt"), *SHORT]
+
+
+@pytest.fixture
+def rtn(local):
+    "The words that round this model to nearest, into a folder that is still to be named."
+    return ["quantize", local[0], *local[1], "--preset", "rtn", "--out"]
 
 
 def test_quantize_writes_a_checkpoint_that_stock_transformers_loads(local, tmp_path, capsys):
@@ -50,28 +55,28 @@ def test_quantize_writes_a_checkpoint_that_stock_transformers_loads(local, tmp_p
     assert f"| perplexity | {rows[1]['perplexity']:.4g} |" in card and facts["perplexity"] == rows[1]["perplexity"]
 
 
-def test_a_layer_kept_in_one_block_only(tmp_path):
+def test_a_layer_kept_in_one_block_only(rtn, tmp_path):
     out = tmp_path / "out"
-    assert main([*RTN, str(out), "--keep", "layers.0.mlp.down_proj=16"]) == 0
+    assert main([*rtn, str(out), "--keep", "layers.0.mlp.down_proj=16"]) == 0
     assert "layers.0.mlp.down_proj" not in json.loads((out / "quantization.json").read_text())["export"]["bits"]
     assert (out / "layers.svg").exists() and (out / "report.html").exists()
 
 
 @pytest.mark.parametrize("part, without", [("plot_layers", "layers.svg"), ("evaluate_model", "comparison.svg")])
-def test_what_fails_after_the_work_is_a_note(part, without, tmp_path, monkeypatch, capsys):
+def test_what_fails_after_the_work_is_a_note(part, without, rtn, tmp_path, monkeypatch, capsys):
     def fails(*args, **more):
         raise KeyError(part)
 
     monkeypatch.setattr(f"aespa_nb.experiments.results.{part}", fails)
-    assert main([*RTN, str(tmp_path / "out")]) == 0
+    assert main([*rtn, str(tmp_path / "out")]) == 0
     assert f"KeyError: '{part}'" in capsys.readouterr().err and not (tmp_path / "out" / without).exists()
     load_model(str(tmp_path / "out"))
-    assert main([*RTN, str(tmp_path / "out"), "--resume"]) == 0
+    assert main([*rtn, str(tmp_path / "out"), "--resume"]) == 0
 
 
-def test_demo_compares_and_saves(one_block, tmp_path, monkeypatch, capsys):
+def test_demo_compares_and_saves(local, tmp_path, monkeypatch, capsys):
     load = Source.load
-    monkeypatch.setattr(Source, "load", lambda self: load(Source(one_block)))
+    monkeypatch.setattr(Source, "load", lambda self: load(Source(local[0])))
     words = "demo --bits 3 --presets rtn aespa --samples 2 --eval-samples 4 --iterations 2 --quiet --out".split()
     assert main([*words, str(tmp_path / "demo")]) == 0
     rows = json.loads((tmp_path / "demo/results.json").read_text())["rows"]
@@ -144,9 +149,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stopped_run_goes_on_and_a_finished_one_is_not_another(local, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_and_a_finished_one_is_not_another(rtn, tmp_path, monkeypatch, capsys):
     "`--resume` on a result asks whether it is the result of this run; nothing is loaded for that."
-    out, words = tmp_path / "out", ["quantize", local[0], *local[1], "--preset", "rtn", "--out", str(tmp_path / "out")]
+    out, words = tmp_path / "out", [*rtn, str(tmp_path / "out")]
 
     def stopped(*args, **more):
         raise KeyboardInterrupt
@@ -194,10 +199,10 @@ def test_damaged_and_pickled_checkpoints_are_refused(local, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("form", ["dense", "compressed-tensors"])
-def test_a_rounded_model_is_not_rounded_again(form, local, tmp_path, capsys):
+def test_a_rounded_model_is_not_rounded_again(form, local, rtn, tmp_path, capsys):
     "Unpacked while loading it looks like any other; what it lost would count as nothing."
     out = str(tmp_path / "out")
-    assert main(["quantize", local[0], *local[1], "--preset", "rtn", "--format", form, "--out", out]) == 0
+    assert main([*rtn, out, "--format", form]) == 0
     for command in ("quantize", "plan", "compare"):
         capsys.readouterr()
         assert main([command, out, *local[1][:2], "--quiet", "--out", str(tmp_path / "again")]) == 2
@@ -244,13 +249,17 @@ def test_help_and_imports_are_light():
         assert [round(run["cpu_seconds"]), round(run["peak_MiB"])] == list(map(int, price))
 
 
-def test_a_shell_completes_what_is_begun():
-    said = []
+def test_as_a_program():
+    "A shell completes what is begun; a mistake is one line."
+    program, said = [sys.executable, "-m", "aespa_nb"], []
     for words in ("aespa_nb quan", "aespa_nb quantize --for v", "aespa_nb quantize --no-b"):
         env = dict(_AESPA_NB_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
-        program = [sys.executable, "-m", "aespa_nb"]
         said.append(subprocess.run(program, env=os.environ | env, capture_output=True, text=True).stdout.split())
     assert said == [["quantize"], ["vllm"], ["--no-bos"]]
+    for words in (program, [Path(sys.executable).with_name("aespa_nb")]):  # by its module, and as it is installed
+        done = subprocess.run([*words, "nonsense"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr == "aespa_nb: error: No such command 'nonsense': see aespa_nb --help\n"
 
 
 def test_commands_are_functions(local, tmp_path):
@@ -259,8 +268,3 @@ def test_commands_are_functions(local, tmp_path):
     text = Text(calibration=local[1][1], samples=2, eval_samples=2)
     quantize(Source(local[0]), Recipe(preset="rtn", bits=4), text, str(tmp_path / "out"), quiet=True)
     assert (tmp_path / "out/config.json").exists()
-
-
-def test_python_dash_m():
-    done = subprocess.run([sys.executable, "-m", "aespa_nb", "nonsense"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "aespa_nb: error: No such command 'nonsense': see aespa_nb --help\n"

@@ -63,6 +63,10 @@ def tab(browser):
 
 
 LOOKS = "e => e.src || e.outerHTML"
+MOVED = """before => {
+  const e = [...document.querySelector('.widget-interact').querySelectorAll('img, svg')].pop();
+  return e && (e.src || e.outerHTML) !== before;
+}"""
 HALF = "tour-aware"  # the text after the first model that calibration data helped to round
 DONE = """n => {
   const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);
@@ -98,12 +102,5 @@ def move_a_slider(tab):
     figure = box.locator(":is(img, svg)").last
     before = figure.evaluate(LOOKS)
     box.locator("[role=slider]").first.press("ArrowRight")
-    wait_until(lambda: figure.evaluate(LOOKS) != before)
+    tab.wait_for_function(MOVED, arg=before, timeout=30_000)
     assert box.locator(".widget-readout").first.inner_text() == "3"
-
-
-def wait_until(true, seconds=30):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "nothing has changed"
-        time.sleep(0.1)

@@ -45,9 +45,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import aespa_nb, aespa_nb.cli, aespa_nb.experiments.cost, aespa_nb.experiments.comparison
 from aespa_nb import export_model, read_quantized
-sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-model, tokens = LlamaForCausalLM(LlamaConfig(**sizes)), torch.randint(0, 64, (4, 16))
-for preset, few in (("max", dict(end_to_end=2)), ("omniquant", dict(iterations=2))):
+sizes = dict(vocab_size=64, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+model, tokens = LlamaForCausalLM(LlamaConfig(**sizes)), torch.randint(0, 64, (2, 8))
+for preset, few in (("max", dict(end_to_end=2, tuning=2)), ("omniquant", dict(iterations=2))):
     config = aespa_nb.AespaConfig.preset(preset, 4, **few)
     report = aespa_nb.quantize_model(model, tokens, config)
 export_model(model, report, sys.argv[2])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Resident', 'resident', 'sampled', 'in_file', 'drop_pages', 'give_back', 'in_new_file', 'to_file', 'trim_memory',
-           'working_on']
+           'working_on', 'out_of_memory']
 
 # %% ../../nbs/model/41_memory.ipynb #a0expmor
 import contextlib
@@ -142,3 +142,12 @@ def working_on(module: nn.Module, device: torch.device | str, dtype: torch.dtype
         for t, home, kind, mapped in moved:
             t.data = to_file(t.data.to(home, kind)) if mapped else t.data.to(home, kind)
         trim_memory()
+
+# %% ../../nbs/model/41_memory.ipynb #c11oom0
+def out_of_memory(error: BaseException | None) -> bool:
+    "Whether `error`, or what caused it, says that an allocation failed."
+    if error is None:
+        return False
+    words = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+    said = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError)) or out_of_memory(error.__cause__)

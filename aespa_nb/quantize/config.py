@@ -74,7 +74,6 @@ class Recipe:
     grid: Literal["minmax", "hessian", "compensated"] = "compensated"  # the full range; under H; for GPTQ
     zfold: bool = False  # per-input scales where they are free
     solver: Annotated[str, _one_of(SOLVERS)] = "gptq+adaround"  # "adaround" starts from the nearest codes
-    starts: Annotated[int, Field(ge=1, le=6)] = 1  # grids that the descent starts from
     correction: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the accumulated error of earlier layers to undo
     tuning: NonNegativeInt = 0  # Adam steps on scales and norm weights, through the whole block
     end_to_end: NonNegativeInt = 0  # Adam steps on all of them at the end, through the whole model

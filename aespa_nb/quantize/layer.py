@@ -20,7 +20,7 @@ from ..errors import AespaError, NumericalError
 from ..model.phases import phase
 from .config import SOLVERS, AespaConfig, resolve
 from ..rounding.adaround import adaround
-from ..rounding.descent import best_of_starts, vary_grid
+from ..rounding.descent import descend
 from ..rounding.gptq import fit_compensated, gptq
 from ..rounding.grid import Grid, minmax_grid
 from ..rounding.grid_search import fit_grid
@@ -88,18 +88,15 @@ def solve_gptq_adaround(U, grid, loss, config):
 
 
 def solve_descent(U, grid, loss, config):
-    "Greedy coordinate descent from GPTQ's codes on `starts` grids; scales are refitted, each row keeps its best."
-    grids = vary_grid(grid, shifts=() if config.symmetric else (1, -1))[: config.starts]
-    together = max(1, min(len(grids), 2**28 // U.numel())) if U.is_cuda else 1  # starts that a GPU has room for
+    "Greedy coordinate descent from GPTQ's codes; the scales are refitted."
     with phase("gptq"):
-        starts = [(g, gptq(U, loss.H, g).codes.byte()) for g in grids]
-    found = []
+        start, found = gptq(U, loss.H, grid).codes.byte(), []
     with phase("descent"):
         for p in _parts(U, loss):
-            some, cut = _cut(loss, p), [(_cut(g, p), codes[p]) for g, codes in starts]
-            found.append(best_of_starts(U[p], some.H, some.G, cut, together=together))
-    scale, zero = (torch.cat([getattr(r.grid, field) for r in found]) for field in ("scale", "zero"))
-    return torch.cat([r.codes for r in found]), Grid(config.bits, scale, zero)
+            some = _cut(loss, p)
+            found.append(descend(U[p], _cut(grid, p), some.H, some.G, start[p]))
+    scale = torch.cat([r.grid.scale for r in found])
+    return torch.cat([r.codes for r in found]), replace(grid, scale=scale)
 
 
 def solve_boa(U, grid, loss, config):

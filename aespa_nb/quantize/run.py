@@ -150,7 +150,7 @@ def _warm_up(solver: str) -> None:
     "Rounds toy layers, so that what one of our solvers loads or compiles at first use is in memory."
     if callable(SOLVERS[solver]):
         return  # somebody's own, which may take layers of one form alone
-    config, eye = AespaConfig(solver=solver, iterations=1, starts=2), torch.eye(4)
+    config, eye = AespaConfig(solver=solver, iterations=1), torch.eye(4)
     with progress_bar(1, False):
         for G in (None, torch.eye(2).expand(2, 2, 2)):
             round_layer(eye, KroneckerLoss(eye, G), config)

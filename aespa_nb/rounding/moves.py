@@ -67,70 +67,85 @@ def _singles_loop(P, C, H, inv_h, scale, low, high, group, first, last):
                     P[t, i, k] += d * H[h, j, k]
 
 # %% ../../nbs/rounding/15_moves.ipynb #0677ebe5
-@_compiled
-def _largest_gain(p, c, s, lo, hi, diag, least):
-    "The largest gain of a move by one code that is above `least`, and its column (-1: none)."
-    most = least
-    for m in range(len(p)):
-        up, down, far = hi[m] - c[m], c[m] - lo[m], abs(p[m])
-        room = far if (up if p[m] < 0 else down) > 0 else -far
-        most = max(most, s[m] * (room + room - s[m] * diag[m]))
-    for m in range(len(p) if most > least else 0):
-        up, down, far = hi[m] - c[m], c[m] - lo[m], abs(p[m])
-        room = far if (up if p[m] < 0 else down) > 0 else -far
-        if s[m] * (room + room - s[m] * diag[m]) == most:
-            return most, m
-    return most, -1
+NOW, GAIN, SCALE, LOW, HIGH, UP, DOWN, COST, TRIAL = range(9)  # rows of a thread's table; two hold trials
 
 
 @_compiled
-def _chain(j, d, p, c, s, lo, hi, diag, H, total, least, depth, path, was):
-    "Forces code `j`; lets others compensate; undoes the codes and returns False unless the row is lower in the end."
-    n, k, low_j, high_j = 0, j, lo[j], hi[j]
-    lo[j] = hi[j] = c[j] + d / s[j]
+def _room(T, k, code):
+    "Notes in the table which way the code of column `k` may move."
+    T[UP, k], T[DOWN, k] = 2 * (code < T[HIGH, k]), 2 * (code > T[LOW, k])
+
+
+@_compiled
+def _move(T, before, after, d, H, h, k):
+    "The slope after weight `k` has moved by `d`, and what each code would gain there."
+    for m in range(T.shape[1]):
+        T[after, m] = T[before, m] + d * H[h, k, m]
+    for m in range(T.shape[1]):
+        T[GAIN, m] = T[SCALE, m] * (max(-T[after, m] * T[UP, m], T[after, m] * T[DOWN, m]) - T[COST, m])
+
+
+@_compiled
+def _first_largest(words):
+    "The column of the largest gain, if there is one above zero."
+    most, k = words[GAIN, 0], 0
+    for m in range(words.shape[1]):
+        most = max(most, words[GAIN, m])
+    while words[GAIN, k] != most:
+        k += 1
+    return k
+
+
+@_compiled
+def _largest_gain(T):
+    "The same, from the bits of the floats."
+    return _first_largest(T.view(np.int32)) if T.itemsize == 4 else _first_largest(T.view(np.int64))
+
+
+@_compiled
+def _chain(T, j, d, C, t, i, H, h, total, least, depth, path, was):
+    "Forces code `j`; lets others compensate; undoes the codes unless the row is lower in the end."
+    n, k, before, after = 0, j, NOW, TRIAL
     while True:
-        path[n], was[n], row = k, c[k], H[k]
-        c[k] += np.sign(d)
-        n += 1
-        for m in range(len(p)):
-            p[m] += d * row[m]
-        if n > depth:
+        path[n], was[n] = k, C[t, i, k]
+        C[t, i, k] += np.sign(d)
+        _room(T, k, C[t, i, k])
+        T[UP, j] = T[DOWN, j] = 0
+        _move(T, before, after, d, H, h, k)
+        n, k = n + 1, _largest_gain(T)
+        if n > depth or T[GAIN, k] <= least or T[GAIN, k] * depth < total:
             break
-        gain, k = _largest_gain(p, c, s, lo, hi, diag, least)
-        if k < 0 or gain * depth < total:
-            break
-        total -= gain
-        d = s[k] if p[k] < 0 else -s[k]
-    lo[j], hi[j] = low_j, high_j
-    if total < -least:
-        return True
+        total -= float(T[GAIN, k])
+        d = T[SCALE, k] if T[after, k] < 0 else -T[SCALE, k]
+        before, after = after, TRIAL + (after == TRIAL)
+    lower = total < -least
+    for m in range(T.shape[1] if lower else 0):
+        T[NOW, m] = T[after, m]
     for m in range(n - 1, -1, -1):
-        c[path[m]] = was[m]
-    return False
+        if not lower:
+            C[t, i, path[m]] = was[m]
+        _room(T, path[m], C[t, i, path[m]])
 
 # %% ../../nbs/rounding/15_moves.ipynb #e71faa5f
 @_compiled
 def _chains_loop(P, C, H, inv_h, scale, low, high, group, reach, depth, tol, first, last):
     "Chains, for some of the rows, counted through all heads."
-    p, now, s, lo, hi, diag = np.empty((6, len(group)), P.dtype)
-    path, was = np.empty(depth + 1, np.int64), np.empty(depth + 1, P.dtype)
+    T, path, was = np.empty((10, len(group)), P.dtype), np.empty(depth + 1, np.int64), np.empty(depth + 1, P.dtype)
     for n in range(first, last):
         t, i = n // P.shape[1], n % P.shape[1]
-        h, c = min(t, len(H) - 1), C[t, i]
-        now[:] = P[t, i]
+        h = min(t, len(H) - 1)
         for k, g in enumerate(group):
-            s[k], lo[k], hi[k], diag[k] = scale[t, i, g], low[t, i, g], high[t, i, g], H[h, k, k]
-            if inv_h[h, k] == 0:
-                lo[k] = hi[k] = c[k]
+            s, c = scale[t, i, g], C[t, i, k]
+            T[NOW, k], T[SCALE, k], T[COST, k] = P[t, i, k], s, s * H[h, k, k]
+            T[LOW, k], T[HIGH, k] = (c, c) if inv_h[h, k] == 0 else (low[t, i, g], high[t, i, g])
+            _room(T, k, c)
         for j in range(len(group)):
-            d = s[j] if now[j] < 0 else -s[j]
-            if abs(now[j]) * inv_h[h, j] < reach * s[j] or not lo[j] <= c[j] + np.sign(d) <= hi[j]:
+            s, p = T[SCALE, j], T[NOW, j]
+            if abs(p) * inv_h[h, j] < reach * s or (T[UP, j] if p < 0 else T[DOWN, j]) == 0:
                 continue
-            price = s[j] * s[j] * diag[j]
-            owed, least = price + d * (now[j] + now[j]), tol * price
-            p[:] = now
-            if _chain(j, d, p, c, s, lo, hi, diag, H[h], owed, least, depth, path, was):
-                now[:] = p
+            d, price = (s if p < 0 else -s), s * s * H[h, j, j]
+            owed, least = price + d * (p + p), tol * price
+            _chain(T, j, d, C, t, i, H, h, owed, least, depth, path, was)
 
 # %% ../../nbs/rounding/15_moves.ipynb #5ec927be
 @cache

@@ -47,8 +47,6 @@ def test_text_that_cannot_be_read(tmp_path):
         "b.txt:column": "too many colons",
         "broken.json": "could not be loaded",
         "numbers.jsonl": "no text in column 'text'",
-        "numbers.jsonl:body": "it has: text",
-        "none.parquet": "no text at",
     }.items():
         with pytest.raises(AespaError, match=message) as e:
             read_text(f"{tmp_path}/{source}")
@@ -63,12 +61,10 @@ def test_a_mixture_has_its_shares(tmp_path):
     tokenizer, a, b = load_reference().tokenizer, f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"
     assert mixture(f"{a}*3, {b}") == {a: 0.75, b: 0.25} and list(mixture(f"{tmp_path}/c,d.txt").values()) == [1]
     assert mixture("a.jsonl:messages*.5,b") == {"a.jsonl:messages": 1 / 3, "b": 2 / 3}
-    wrong = {"*x,b": "a number", "*0,b": "above 0", ",": "a name", f",{a}": "of its own", ",b": "no text"}
+    wrong = {"*0,b": "above 0", ",": "a name", f",{a}": "of its own", ",b": "no text"}
     for source, message in ((f"{a}{rest}", message) for rest, message in wrong.items()):
         with pytest.raises(AespaError, match=message):
             calibration_windows(source, tokenizer, 8, 16)
-    with pytest.raises(AespaError, match="of 3 windows .*b.txt' would have none"):
-        calibration_windows(f"{a}*9,{b}", tokenizer, 3, 16)
     windows = calibration_windows(f"{a}*2,{b}", tokenizer, 7, 16, seed=3)
     of_b = ["b" in tokenizer.decode(w, skip_special_tokens=True) for w in windows.tokens]
     assert sum(of_b) == 2 and of_b != sorted(of_b) and windows.origin.windows == 7  # drawn, not one after the other
@@ -154,8 +150,6 @@ def test_splits_of_files_and_folders_do_not_overlap(tmp_path):
         first, last = (read_text(f"{tmp_path}/{name}", e).text for e in (False, True))
         assert first + last == whole and len(first) == len(whole) * 9 // 10
     assert read_text(f"{tmp_path}/set:test:body").text == "\n\n".join(r["body"] for r in rows[40:])
-    with pytest.raises(AespaError, match="has no split dev, but train, test"):
-        read_text(f"{tmp_path}/set:dev:body")
 
 
 def test_conversations_become_text_by_the_chat_template(tmp_path):
@@ -164,8 +158,6 @@ def test_conversations_become_text_by_the_chat_template(tmp_path):
     rows = [dict(messages=talk(i)) for i in range(40)]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = f"{tmp_path}/chat.jsonl:messages"
-    with pytest.raises(AespaError, match="no chat template"):
-        calibration_windows(source, tokenizer, 2, 16)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     text = read_text(source, tokenizer=tokenizer).text
     assert text.startswith("<user> question 0 <assistant> yes \n\n<user> question 1")

@@ -12,6 +12,7 @@ def sandbox(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", "")
         patch.setattr("tempfile.tempdir", None)
+        patch.setattr(faults, "SETTINGS", ["--preset gptq --bits 3 --group-size 32"])  # the same calm run for all
         yield faults.Sandbox(tmp_path_factory.mktemp("sandbox"))
 
 
@@ -31,4 +32,4 @@ def test_full_disks_are_told_and_nothing_is_lost(sandbox):
         row = faults.disk(sandbox, 2)
     except (OSError, subprocess.CalledProcessError) as e:
         pytest.skip(f"no tmpfs here: {e}")
-    assert row["told"] == row["identical"] == row["disks"] and row["lost"] == row["tracebacks"] == 0
+    assert row["told"] == row["identical"] == row["disks"] > 0 and row["lost"] == row["tracebacks"] == 0

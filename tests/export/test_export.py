@@ -1,7 +1,6 @@
 """Checkpoints in packed formats: what is stored, that stock tools load it, and what is refused."""
 
 import copy
-import itertools
 import json
 import subprocess
 import sys
@@ -115,44 +114,30 @@ def parsed(words, bits, n):
     return [string >> bits * i & (2**bits - 1) for i in range(n)]
 
 
-def test_gptq_tensors_by_an_unpacking_of_their_own(tmp_path):
-    "Bit by bit in Python integers, as the format is described: nothing of ours is used."
-    for bits, group_size in itertools.product((2, 3, 4, 8), (None, 16)):
-        model = small_model("Llama")
-        report = nearest(model, bits, group_size)
-        folder = tmp_path / f"{bits}-{group_size}"
-        export_model(model, report, folder, "gptq", dtype=torch.float16)
-        t, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.down_proj"
-        codes = torch.tensor([parsed(column, bits, 64) for column in t[f"{name}.qweight"].T])  # [out inp]
-        zeros = torch.tensor([parsed(row, bits, 32) for row in t[f"{name}.qzeros"]])  # [groups out]
-        index = t[f"{name}.g_idx"].long()
-        weight = t[f"{name}.scales"].float()[index] * (codes.T - zeros[index])
-        assert torch.equal(weight.T.half(), model.get_parameter(f"{name}.weight").half())
-        config = json.loads((folder / "config.json").read_text())["quantization_config"]
-        assert config["checkpoint_format"] == "gptq_v2"
-        assert (config["bits"], config["group_size"]) == (bits, group_size or -1)
-
-
-def test_awq_tensors_by_an_unpacking_of_their_own(tmp_path):
-    "A word of AWQ holds eight outputs: 0, 2, 4, 6, 1, 3, 5, 7, lowest bits first."
-    for group_size in (None, 16):
-        model, folder = small_model("Llama"), tmp_path / str(group_size)
-        export_model(model, nearest(model, 4, group_size), folder, "awq", dtype=torch.float16)
-        t, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.down_proj"
-
-        def outputs(words):
-            eight = torch.tensor([[parsed([w], 4, 8) for w in row] for row in words])
-            return eight[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1)
-
-        codes, zeros, scales = outputs(t[f"{name}.qweight"]), outputs(t[f"{name}.qzeros"]), t[f"{name}.scales"].float()
-        assert codes.shape == (64, 32) and len(zeros) == len(scales) == 64 // (group_size or 64)
-        weight = (codes - zeros.repeat_interleave(group_size or 64, 0)) * scales.repeat_interleave(group_size or 64, 0)
-        assert torch.equal(weight.T.half(), model.get_parameter(f"{name}.weight").half())
-        config = json.loads((folder / "config.json").read_text())["quantization_config"]
-        assert (config["bits"], config["group_size"], config["quant_method"]) == (4, group_size or -1, "awq")
-        assert config["modules_to_not_convert"] == ["lm_head"]
-        again = read_quantized(folder).report
-        assert torch.equal(again.layers[name].codes, codes.T) and load_model(folder)[0].dtype == torch.float16
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("form, bits", [("gptq", 2), ("gptq", 3), ("gptq", 4), ("gptq", 8), ("awq", 4)])
+def test_packed_tensors_by_an_unpacking_of_their_own(form, bits, group_size, tmp_path):
+    "Bit by bit in Python integers, as the formats are described: nothing of ours is used."
+    model, folder, name = small_model("Llama"), tmp_path / "out", "model.layers.1.mlp.down_proj"
+    export_model(model, nearest(model, bits, group_size), folder, form, dtype=torch.float16)
+    t, index = load_file(folder / "model.safetensors"), torch.arange(64) // (group_size or 64)
+    words, zero_words, scales = (t[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
+    if form == "gptq":  # a string of words holds the codes of an output, or the zero-points of a group
+        codes = torch.tensor([parsed(column, bits, 64) for column in words.T]).T  # [inp out]
+        zeros = torch.tensor([parsed(row, bits, 32) for row in zero_words])  # [groups out]
+        facts = dict(checkpoint_format="gptq_v2")
+        assert torch.equal(t[f"{name}.g_idx"].long(), index)
+    else:  # a word holds eight outputs: 0, 2, 4, 6, 1, 3, 5, 7, lowest bits first
+        eight = lambda words: torch.tensor([[parsed([w], 4, 8) for w in row] for row in words])
+        codes, zeros = (eight(w)[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1) for w in (words, zero_words))
+        facts = dict(quant_method="awq", modules_to_not_convert=["lm_head"])
+    weight = scales.float()[index] * (codes - zeros[index])
+    assert torch.equal(weight.T.half(), model.get_parameter(f"{name}.weight").half())
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    facts |= dict(bits=bits, group_size=group_size or -1)
+    assert {k: config[k] for k in facts} == facts
+    again = read_quantized(folder).report
+    assert torch.equal(again.layers[name].codes, codes.T) and load_model(folder)[0].dtype == torch.float16
 
 
 # --- loaded elsewhere -----------------------------------------------------------------------------------------------
@@ -165,7 +150,7 @@ def bundled_models(tmp_path):
     full, tokenizer, calib, heldout = load_reference()
     full.model.layers, full.config.num_hidden_layers = full.model.layers[:1], 1
     tokens, jobs = heldout[:1], []
-    for (bits, group_size), symmetric in itertools.product(LIMIT, (False, True)):
+    for bits, group_size, symmetric in [(*how, False) for how in LIMIT] + [(bits, 64, True) for bits in (2, 3, 4)]:
         model, folder = copy.deepcopy(full), tmp_path / f"{bits}-{group_size}-{symmetric}"
         config = AespaConfig.preset("rtn", bits, group_size=group_size, symmetric=symmetric)
         report = quantize_model(model, calib[:1, :32], config)
@@ -373,32 +358,29 @@ def test_scales_survive_even_where_float16_underflows():
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
+def mixed(name):
+    return 4 if "up" in name else 2
+
+
 @pytest.mark.parametrize("form", ["compressed-tensors", "dense", "gptq"])
-@pytest.mark.parametrize("kind, bits, dtype", [("OPT", 3, torch.float32), ("Llama", 8, torch.bfloat16)])
-def test_every_format_is_read_back(kind, bits, dtype, form, tmp_path):
-    "Eight-bit codes too, which the weights do not tell apart in bfloat16; the records do."
+@pytest.mark.parametrize(
+    "kind, bits, dtype", [("OPT", 3, torch.float32), ("Llama", 8, torch.bfloat16), ("Llama", mixed, torch.float32)]
+)
+def test_every_format_is_read_back(kind, bits, dtype, form, tmp_path, monkeypatch):
+    "Eight-bit codes too, which the weights do not tell apart in bfloat16; the records do. In shards."
     model = small_model(kind, dtype)
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=[0, 5])
-    report = nearest(model, bits, 16)
-    words = words_of(report)
+    report = nearest(model, bits, 16, symmetric=callable(bits))
+    words, save = words_of(report), type(model).save_pretrained
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: save(*a, **k, max_shard_size="10KB"))
     export_model(model, report, tmp_path / "out", form, facts={"perplexity": 5.25})
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     back = read_quantized(tmp_path / "out")
     assert torch.equal(logits(back.model), logits(model)) and {p.dtype for p in back.model.parameters()} == {dtype}
     assert same(words_of(report), words) and same(words_of(back.report), words)
     assert all(torch.equal(r.grid.scale, r.grid.scale.to(dtype).float()) for r in report.layers.values())
     assert back.facts == {"perplexity": 5.25} and {r.loss for r in back.report.layers.values()} == {0.5}
     assert back.model.generation_config.temperature == 0.7 and back.model.generation_config.eos_token_id == [0, 5]
-
-
-def test_sharded_and_mixed_folders_are_read_back(tmp_path, monkeypatch):
-    model = small_model("Llama")
-    report = nearest(model, lambda n: 4 if "up" in n else 2, 16, symmetric=True)
-    save = type(model).save_pretrained
-    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: save(*a, **k, max_shard_size="10KB"))
-    export_model(model, report, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
-    back = read_quantized(tmp_path / "out")
-    assert torch.equal(logits(back.model), logits(model)) and same(words_of(back.report), words_of(report))
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path):
@@ -445,9 +427,12 @@ def test_the_card_says_what_was_done(tmp_path):
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def test_command_line_round_trip(tmp_path, capsys):
+BRIEF = "--preset rtn --samples 1 --seqlen 32 --eval-samples 1 --quiet --out".split()
+
+
+def test_command_line_round_trip(one_block, tmp_path, capsys):
     packed, dense, again = (str(tmp_path / n) for n in ("packed", "dense", "again"))
-    words = "quantize reference --bits 3 --preset rtn --samples 1 --seqlen 32 --eval-samples 1 --quiet --out".split()
+    words = ["quantize", one_block, "--bits", "3", *BRIEF]
     assert main([*words, packed]) == 0
     assert "take 0.19" in capsys.readouterr().out
     assert main([*words, str(tmp_path / "x"), "--head", "8"]) == 2  # tied to the embeddings
@@ -467,8 +452,8 @@ def test_command_line_round_trip(tmp_path, capsys):
         assert "rounded already" in capsys.readouterr().err
 
 
-def test_a_checkpoint_quantized_by_others_is_told(tmp_path, capsys):
-    words = "quantize reference --bits 4 --preset rtn --samples 1 --seqlen 32 --eval-samples 1 --quiet --out".split()
+def test_a_checkpoint_quantized_by_others_is_told(one_block, tmp_path, capsys):
+    words = ["quantize", one_block, "--bits", "4", *BRIEF]
     assert main([*words, str(tmp_path / "theirs")]) == 0
     assert "note" not in capsys.readouterr().err
     (tmp_path / "theirs/quantization.json").unlink()
@@ -481,7 +466,7 @@ def test_a_checkpoint_quantized_by_others_is_told(tmp_path, capsys):
 
 
 def test_a_result_that_the_format_cannot_hold_is_not_lost(tmp_path, capsys):
-    words = "quantize reference --bits 5 --preset rtn --samples 1 --seqlen 32 --eval-samples 1 --quiet --out".split()
+    words = ["quantize", "reference", "--bits", "5", *BRIEF]
     assert main([*words, str(tmp_path / "out"), "--format", "gptq"]) == 2  # known before the run
     torch.manual_seed(0)
     odd = LlamaConfig(**{**SMALL, "vocab_size": 4096}, intermediate_size=44)

@@ -149,16 +149,16 @@ def test_slower_rotations_are_told(tmp_path):
 
 
 def test_the_tokenizer_is_told(tmp_path):
-    reference = load_reference()
-    write_gguf(tmp_path / "model.gguf", reference.model, {}, reference.tokenizer)
+    tokenizer = load_reference().tokenizer
+    write_gguf(tmp_path / "model.gguf", small_model("Llama", vocab_size=4096), {}, tokenizer)
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
-    told = json.loads(reference.tokenizer.backend_tokenizer.to_str())
-    assert {t: i for i, t in enumerate(tokens)} == reference.tokenizer.get_vocab()
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert {t: i for i, t in enumerate(tokens)} == tokenizer.get_vocab()
     assert fields["tokenizer.ggml.merges"].contents() == [" ".join(m) for m in told["model"]["merges"]]
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
     _, its = load_model(tmp_path / "model.gguf")
-    assert its("return x").input_ids == reference.tokenizer("return x").input_ids
+    assert its("return x").input_ids == tokenizer("return x").input_ids
 
 
 def test_a_way_of_cutting_has_a_name_only_with_its_options():
@@ -203,9 +203,9 @@ def test_engines_choose_format_and_grids():
     assert for_engine(None, Recipe(), Storage("gptq")) == (Recipe(), Storage("gptq"))
 
 
-def test_from_the_command_line_to_the_file(tmp_path, capsys):
+def test_from_the_command_line_to_the_file(one_block, tmp_path, capsys):
     words = "--preset rtn --bits 3 --for llama.cpp --embeddings 8 --samples 2 --seqlen 64 --eval-samples 4 --quiet"
-    assert main(["quantize", "reference", *words.split(), "--out", str(tmp_path / "out")]) == 0
+    assert main(["quantize", one_block, *words.split(), "--out", str(tmp_path / "out")]) == 0
     assert "llama-cli -m" in capsys.readouterr().out
     row = json.loads((tmp_path / "out/results.json").read_text())["rows"][-1]
     assert main(["eval", str(tmp_path / "out"), "--seqlen", "64", "--eval-samples", "4", "--quiet"]) == 0

@@ -68,18 +68,28 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    "Runs a command for which this server is the hub: its exit code and what it said."
-    Hub.files, home = {}, tmp_path_factory.mktemp("home")
+MAIN = """
+import contextlib, io, json, sys
+from aespa_nb.cli import main
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        code = main(words)
+    print(json.dumps([code, said.getvalue()]))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    "Runs a program for which this server is the hub: its exit code and what it said."
+    Hub.files = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     odd = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(odd) and not k.lower().endswith("_proxy")}
-    env |= dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_TOKEN="hf_x", HF_HOME=str(home))
+    env |= dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_TOKEN="hf_x", HF_HOME=str(tmp_path / "home"))
 
     def run(*words):
-        done = subprocess.run([SCRIPTS / words[0], *words[1:]], env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout + done.stderr
 
     yield run
@@ -87,20 +97,21 @@ def hub(tmp_path_factory):
     server.server_close()
 
 
-def test_a_folder_is_shared_by_name(hub, tmp_path):
+def test_a_folder_is_shared_by_name(hub, tmp_path, capsys):
+    "A name that nobody has is one line."
     brief = ["--samples", "2", "--seqlen", "32", "--eval-samples", "4", "--quiet"]
-    assert main(["quantize", "reference", "--preset", "rtn", "--bits", "4", *brief, "--out", str(tmp_path / "4")]) == 0
-    code, said = hub("hf", "upload", NAME, str(tmp_path / "4"))
+    out, again = tmp_path / "4", str(tmp_path / "again")
+    assert main(["quantize", "reference", "--preset", "rtn", "--bits", "4", *brief, "--out", str(out)]) == 0
+    code, said = hub(SCRIPTS / "hf", "upload", NAME, str(out))
     assert code == 0, said
-    assert Hub.files.keys() == {p.name for p in (tmp_path / "4").iterdir()} and b"aespa_nb" in Hub.files["README.md"]
+    assert Hub.files.keys() == {p.name for p in out.iterdir()} and b"aespa_nb" in Hub.files["README.md"]
 
-    measured = lambda place: hub("aespa_nb", "eval", str(place), "--seqlen", "32", "--eval-samples", "4")
-    scores = [measured(place) for place in (NAME, tmp_path / "4")]
-    assert scores[0] == scores[1] and scores[0][0] == 0 and "perplexity" in scores[0][1]
-    code, said = hub("aespa_nb", "quantize", NAME, "--preset", "rtn", *brief, "--out", str(tmp_path / "again"))
-    assert code == 2 and "rounded already" in said and not (tmp_path / "again").exists()
-
-
-def test_a_name_that_nobody_has_is_one_line(hub):
-    code, said = hub("aespa_nb", "eval", "you/nothing")
-    assert code == 2 and said.startswith("aespa_nb: error: 'you/nothing'") and said.count("\n") == 1
+    measure = lambda place: ["eval", place, "--seqlen", "32", "--eval-samples", "4"]
+    rounded = ["quantize", NAME, "--preset", "rtn", *brief, "--out", again]
+    code, said = hub(sys.executable, "-c", MAIN, json.dumps([measure(NAME), rounded, measure("you/nothing")]))
+    assert code == 0, said
+    (code, by_name), refused, nobody = map(json.loads, said.splitlines())
+    capsys.readouterr()
+    assert code == main(measure(str(out))) == 0 and by_name == "".join(capsys.readouterr()) and "perplexity" in by_name
+    assert refused[0] == 2 and "rounded already" in refused[1] and not Path(again).exists()
+    assert nobody[0] == 2 and nobody[1].startswith("aespa_nb: error: 'you/nothing'") and nobody[1].count("\n") == 1

@@ -161,7 +161,7 @@ print(resident().peak - start, sum(p.nbytes for p in model.parameters()))
 
 @linux
 def test_a_whole_model_in_the_memory_of_a_few_blocks(tmp_path):
-    sizes = dict(vocab_size=256, hidden_size=512, intermediate_size=4096, num_hidden_layers=15, num_attention_heads=4)
+    sizes = dict(vocab_size=256, hidden_size=512, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=4)
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**sizes))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
@@ -173,7 +173,7 @@ def test_a_whole_model_in_the_memory_of_a_few_blocks(tmp_path):
     done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     growth, size = map(float, done.stdout.split())
-    assert size > 200e6 and 20e6 < growth < 0.7 * size, (growth, size)
+    assert size > 140e6 and 20e6 < growth < 0.7 * size, (growth, size)
 
 
 def shard(folder):
@@ -226,13 +226,18 @@ BROKEN = {  # what is done to the folder, and what is said
 }
 
 
+BROKEN |= {source: (source, "no model folder") for source in ("./nowhere", "/nowhere", "a/b/c")}
+BROKEN["nobody/nothing"] = "nobody/nothing", "could not be loaded"
+
+
 @pytest.mark.parametrize("how", BROKEN)
 def test_errors_say_what_to_do(tmp_path, how):
-    stored(tmp_path)
     damage, said = BROKEN[how]
-    damage(tmp_path)
+    if callable(damage):
+        stored(tmp_path)
+        damage(tmp_path)
     with pytest.raises(AespaError, match=said) as e:
-        load_checkpoint(str(tmp_path))
+        load_checkpoint(str(tmp_path) if callable(damage) else damage)
     assert "\n" not in str(e.value)
 
 
@@ -257,10 +262,3 @@ def test_memory_is_told_apart(tmp_path):
     for rise in (now.private - start.private, highest[0] - start.private, now.file - start.file):
         assert 0.9 * 4 * n < rise < 1.5 * 4 * n
     assert now.peak >= now.private + now.file - 2**22
-
-
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere", "a/b/c", "nobody/nothing"])
-def test_no_folder_and_a_name_that_the_hub_does_not_give(source):
-    said = "could not be loaded" if source == "nobody/nothing" else "no model folder"
-    with pytest.raises(AespaError, match=said):
-        load_checkpoint(source)

@@ -24,8 +24,7 @@ def kl(model, full):
     return evaluate_model(model, TOKENS, full).kl
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("kind, group_size", [("llama", 8), ("opt", None)])
 def test_the_divergence_falls_and_codes_stay(kind, group_size):
     full = loud(kind)
     model, report = rounded(full, group_size=group_size)

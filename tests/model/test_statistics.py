@@ -187,11 +187,11 @@ def test_a_constant_factor_before_attention_is_in_the_losses():
         known = block_losses(model, block, stream, "attention", torch.float64).losses
         with torch.no_grad():
             keys = block.self_attn.k_proj(block.self_attn_layer_norm(stream.hidden))
-        many = mock.patch.dict(MeasuredStatistics.__init__.__kwdefaults__, probes=4000)
+        many = mock.patch.dict(MeasuredStatistics.__init__.__kwdefaults__, probes=1500)
         with many, mock.patch("aespa_nb.model.statistics._same_position", lambda q, k: False):
             measured = block_losses(model, block, stream, "attention", torch.float64).losses
-    assert apart(whole(measured["self_attn.k_proj"]), whole(known["self_attn.k_proj"])) < 0.05
+    assert apart(whole(measured["self_attn.k_proj"]), whole(known["self_attn.k_proj"])) < 0.08
     q, d = known["self_attn.q_proj"].G, 8  # there, keys are taken about their mean in each sequence
     mean = keys.double().unflatten(-1, (-1, d)).mean(1)  # [seq heads d]
     expected = q - torch.einsum("shd,she->hde", mean, mean) / len(mean) / d
-    assert apart(measured["self_attn.q_proj"].G, expected) < 0.05
+    assert apart(measured["self_attn.q_proj"].G, expected) < 0.08

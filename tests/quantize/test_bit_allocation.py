@@ -1,20 +1,18 @@
 """Bits for each linear: prices against the divergence they stand for, the knapsack against brute force, the command."""
 
-import copy
 import itertools
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from aespa_nb import AespaConfig, evaluate_model, load_reference, quantize_model
+from aespa_nb import AespaConfig, quantize_model
 from aespa_nb.quantize.config import bits_of
 from aespa_nb.quantize.bit_allocation import allocate_bits, auto_bits, bits_table, output_prices, predicted_losses
 from aespa_nb.cli import main
 from aespa_nb.model.blocks import linears_of, weight_of
-from aespa_nb.errors import AespaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import refused, unchanged
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig, ViTConfig, ViTModel
 
 BITS = (2, 3, 4, 5, 6)
@@ -61,9 +59,9 @@ def test_coarse_units_stay_within_the_budget_and_near_the_best():
 
 
 def test_a_budget_that_cannot_be_met_is_refused():
-    with pytest.raises(AespaError, match="too small"):
+    with refused("too small"):
         allocate_bits({"a": {3: 1.0, 4: 0.5}}, {"a": 8}, 2.5)
-    with pytest.raises(AespaError, match="NaN"):
+    with refused("NaN"):
         allocate_bits({"a": {2: float("nan"), 4: 0.5}}, {"a": 8}, 4)
 
 
@@ -82,7 +80,7 @@ def build(config):
 def test_prices_are_half_the_fisher_information_of_the_outputs():
     "Sequences of one token: what is behind the last linear is a function of one vector."
     model, _ = build(LlamaConfig(**{**SMALL, "vocab_size": 7}))
-    name, seen, tokens = "model.layers.1.mlp.down_proj", [], torch.arange(7).repeat(100)[:, None]
+    name, seen, tokens = "model.layers.1.mlp.down_proj", [], torch.arange(7).repeat(25)[:, None]
     handle = model.model.norm.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
     model(tokens[:7])
     handle.remove()
@@ -91,10 +89,10 @@ def test_prices_are_half_the_fisher_information_of_the_outputs():
     for z in seen[0][:, 0]:
         slopes = torch.autograd.functional.jacobian(behind, z)
         exact = exact + 0.5 * (behind(z).exp()[:, None] * slopes**2).sum(0).detach() / 7
-    found = output_prices(model, {"input_ids": tokens})
+    with unchanged(model):
+        found = output_prices(model, {"input_ids": tokens})
     assert set(found) == {f"model.layers.{i}.{n}" for i in range(2) for n in linears_of(model.model.layers[i])}
     assert torch.allclose(found[name], exact, rtol=0.25)
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 FAMILIES = {
@@ -102,16 +100,14 @@ FAMILIES = {
         **SMALL, num_key_value_heads=1, head_dim=8, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2
     ),
     "fused": GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=32),
-    "llama": LlamaConfig(**SMALL, num_key_value_heads=1),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_family_within_the_budget(family):
     model, tokens = build(FAMILIES[family])
-    before = copy.deepcopy(model.state_dict())
-    config = auto_bits(model, tokens, AespaConfig.preset("gptq", 3), 3, choices=(2, 3, 4))
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    with unchanged(model):
+        config = auto_bits(model, tokens, AespaConfig.preset("gptq", 3), 3, choices=(2, 3, 4))
     quantized = quantize_model(model, tokens, config)
     assert set(quantized.layers) <= set(config.keep)
     assert all(r.grid.bits == config.keep[name] for name, r in quantized.layers.items())
@@ -135,22 +131,8 @@ def test_kept_patterns_win_and_count():
 def test_a_model_without_logits_is_refused():
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8)
     model = ViTModel(ViTConfig(**sizes, patch_size=4)).eval()
-    with pytest.raises(AespaError, match="no logits"):
+    with refused("no logits"):
         predicted_losses(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, AespaConfig.preset("gptq"))
-
-
-def test_the_allocation_beats_uniform_bits():
-    model, _, calib, heldout = load_reference()
-    del model.model.layers[2:]
-    config = AespaConfig.preset("rtn", 3, samples=8)
-    losses = predicted_losses(model, calib, config, choices=(2, 3, 4), sequences=4)
-    bits = allocate_bits(losses, {n: weight_of(model, n).numel() for n in losses}, 3)
-    kl = {}
-    for name, keep in (("uniform", {}), ("allocated", bits)):
-        rounded = copy.deepcopy(model)
-        quantize_model(rounded, calib, replace(config, keep=keep))
-        kl[name] = evaluate_model(rounded, heldout[:4], model).kl
-    assert kl["allocated"] < 0.85 * kl["uniform"]
 
 
 def test_the_command_shares_out_and_keeps(one_block, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The same bits on any number of threads."""
 
-import copy
 import os
 
 import pytest
@@ -24,10 +23,11 @@ RESULTS = {}
 @pytest.mark.parametrize("preset", ["aespa", "zfold", "best"])
 def test_codes_do_not_depend_on_the_number_of_threads(preset, threads):
     reference = load_reference()
-    model = copy.deepcopy(reference.model)
+    model = reference.model
     del model.model.layers[1:]
-    changes = dict(iterations=2, tuning=2 * (preset == "best"), keep={"gate_proj": 16, "down_proj": 16})
-    report = quantize_model(model, reference.calib[:2], AespaConfig.preset(preset, 2, **changes))
+    kept = ["gate_proj", "down_proj"] + ["up_proj"] * (preset != "best")  # with the loss of `best` its rows are coupled
+    changes = dict(iterations=2, tuning=2 * (preset == "best"), keep=dict.fromkeys(kept, 16))
+    report = quantize_model(model, reference.calib[:2, :128], AespaConfig.preset(preset, 2, **changes))
     codes = torch.cat([r.codes.flatten() for r in report.layers.values()])
     steps = torch.cat([r.grid.scale.flatten() for r in report.layers.values()])
     first = RESULTS.setdefault(preset, (codes, steps))

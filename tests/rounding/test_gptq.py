@@ -6,26 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import checked
+from rounding.problems import layer
 from torch.testing import assert_close
 
-from aespa_nb.rounding import gptq as module
 from aespa_nb.rounding.gptq import gptq, inverse_factor, processing_order
 from aespa_nb.rounding.grid import Grid, minmax_grid
 from aespa_nb.rounding.grid_search import fit_grid
-from aespa_nb.rounding.hessian import damp, quadratic_loss
+from aespa_nb.rounding.hessian import quadratic_loss
 from aespa_nb.errors import AespaError, NumericalError
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 10_000)
-
-
-def layer(seed, out=5, inp=12, heads=(), dtype=torch.float64):
-    "Random weights and a positive-definite H of correlated inputs."
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    X = draw(*heads, inp, inp) @ draw(*heads, inp, 40)
-    return draw(*heads, out, inp).to(dtype), damp(X @ X.mT / 40).to(dtype)
 
 
 def obq(W, H, grid, order):
@@ -126,12 +117,3 @@ def test_factor_and_refusals():
     for bad in ((W, H[:6, :6], grid), (W, H, minmax_grid(W[:2], 2)), (W, H[None], grid)):
         with pytest.raises(AespaError, match="do not fit"):
             gptq(*bad)
-
-
-def test_shapes_as_annotated():
-    W, H = layer(3, heads=(2,))
-    for M in (H, H[0]):
-        result = checked(module, "gptq")(W, M, minmax_grid(W, 2))
-        assert result.codes.shape == result.W_comp.shape == W.shape
-        checked(module, "processing_order")(M)
-        checked(module, "inverse_factor")(M)

@@ -4,9 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import checked
 
-from aespa_nb.rounding import grid as grid_module
 from aespa_nb.rounding.grid import Grid, check_bits, grouped, minmax_grid, storage_bits
 from aespa_nb.errors import AespaError, NumericalError
 from aespa_nb.notation import tiny_weight
@@ -110,12 +108,3 @@ def test_storage_counts_every_stored_bit():
     codes, groups = 3 * 64, 3 * 64 // 16
     assert storage_bits(4, 16) * codes == pytest.approx(4 * codes + groups * (16 + 4))
     assert storage_bits(4, 16, symmetric=True) * codes == pytest.approx(4 * codes + groups * 16)
-
-
-def test_signatures_say_the_true_shapes():
-    W = tiny_weight(8, INP).reshape(2, 4, INP)
-    grid = checked(grid_module, "minmax_grid")(W, 3, 4)
-    assert checked(grid_module, "grouped")(W, 4).shape == (2, 4, 3, 4)
-    scale, zero = grid.expand(INP)
-    codes = checked(grid_module, "to_codes")(W, scale, zero, grid.max_code)
-    assert torch.equal(checked(grid_module, "to_values")(codes, scale, zero), grid.round(W))

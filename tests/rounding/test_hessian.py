@@ -4,11 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import checked
 from torch.testing import assert_close
 
-from aespa_nb.rounding import grid_search as gridfit
-from aespa_nb.rounding import hessian
 from aespa_nb.rounding.grid import grouped, minmax_grid
 from aespa_nb.rounding.grid_search import fit_grid, group_hessians, row_loss
 from aespa_nb.rounding.hessian import damp, quadratic_loss, taylor_change
@@ -116,13 +113,3 @@ def test_groups_are_fitted_as_weights_of_their_own(seed, size):
         alone = fit_grid(W[:, a : a + size], H[a : a + size, a : a + size], 2, n_clip=9)
         assert_close(grid.scale[:, i], alone.scale[:, 0])
         assert torch.equal(grid.zero[:, i], alone.zero[:, 0])
-
-
-def test_signatures_say_the_true_shapes():
-    W = tiny_weight(8, 12).reshape(2, 4, 12)
-    H = torch.stack([moments(12, 40, seed)[1] for seed in (0, 1)])
-    grid = checked(gridfit, "fit_grid")(W, checked(hessian, "damp")(H), 3, 4, n_clip=5)
-    E = grouped(grid.round(W) - W, 4)
-    by_group = checked(gridfit, "row_loss")(E, checked(gridfit, "group_hessians")(H, 4))
-    assert by_group.shape == (2, 4, 3)
-    checked(hessian, "quadratic_loss")(grid.round(W) - W, H)

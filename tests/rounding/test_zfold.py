@@ -4,12 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import checked
+from rounding.problems import correlated, draw
 from torch.testing import assert_close
 
-from aespa_nb.rounding import zfold as module
 from aespa_nb.rounding.grid_search import fit_grid
-from aespa_nb.rounding.hessian import damp, quadratic_loss
+from aespa_nb.rounding.hessian import quadratic_loss
 from aespa_nb.errors import AespaError
 from aespa_nb.rounding.zfold import scale_hessian, solve_zeta, zfold
 
@@ -19,11 +18,7 @@ seeds = st.integers(0, 10_000)
 
 def layers(seed, large=1.0):
     "Three layers that read one input of 12: two plain ones and one with two heads and an H for each."
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    X = draw(3, 12, 12) @ draw(3, 12, 50)
-    H = damp(X @ X.mT / 50)
-    Ws = [draw(6, 12), draw(4, 12), draw(2, 3, 12)]
+    H, Ws = correlated(seed, 12, (3,)), [draw(seed + 1, 6, 12), draw(seed + 2, 4, 12), draw(seed + 3, 2, 3, 12)]
     for W in Ws:
         W[..., [1, 5]] *= large
     return Ws, [H[0], H[0], H[1:]]
@@ -110,10 +105,3 @@ def test_refusals():
             zfold(Ws, Hs, 2, **options)
     with pytest.raises(AespaError, match="bits"):
         zfold(Ws, Hs, 9)
-
-
-def test_shapes_as_annotated():
-    Ws, Hs = layers(3)
-    zeta, grids = checked(module, "zfold")(Ws, Hs, 2, n_clip=3)
-    checked(module, "scale_hessian")(Hs[2], zeta)
-    checked(module, "solve_zeta")([g.round(W / zeta) for g, W in zip(grids, Ws)], Ws, Hs)
