@@ -23,6 +23,7 @@ from aespa_nb.cli import main
 from aespa_nb.data import text
 from common import resume
 from families import FAMILIES, MORE
+from formats import CHANGES
 
 BAD = ("traceback", "several lines", "left something", "half written", "other perplexity", "other bits")
 SKIPPED = {"BERT", "ViT", "Whisper", "T5"}  # no decoders of text
@@ -53,7 +54,8 @@ def make_model(draw: random.Random, folder: Path, tokenizer) -> str:
     "A small model of some family in a folder as people have them; gives what it is, in words."
     family = draw.choice(sorted({*FAMILIES, *MORE} - SKIPPED))
     kind, fields = (FAMILIES | MORE)[family]
-    fields = fields | dict(vocab_size=len(tokenizer), tie_word_embeddings=draw.random() < 0.4)
+    fields = fields | CHANGES.get(family, {})
+    fields |= dict(vocab_size=len(tokenizer), tie_word_embeddings=draw.random() < 0.4)
     fields |= dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(draw.randrange(99))
     model = hf.AutoModelForCausalLM.from_config(getattr(hf, f"{kind}Config")(**fields), dtype=torch.float32)

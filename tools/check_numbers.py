@@ -28,7 +28,7 @@ data/31_scores | 255 100,000 | 256 less 1; an example
 data/32_tasks | 0.07 0.0205 | sqrt(.7 x .3 / 48); the exercise's formula
 experiments/80_comparison | 135 256 | the model's name; the bundled windows
 experiments/81_cost | 154 | 17 + 137, in the sentence before
-rounding/16_descent | 1.9 | nbs/runs/campaign.json: `best` with three starts over `best`
+rounding/16_descent | 0.6 | nbs/runs/campaign.json: `best` with three starts over `best`
 experiments/82_ablations | 39.1 192 | experiments/train_reference.py --kind opt: what it printed, and its width
 experiments/85_questions | 5.8 135 | sizes of models
 export/72_formats | 0.20 | a version

@@ -10,8 +10,9 @@ from aespa_nb import AespaConfig
 
 # Made before there were stamps: what is measured again leaves this list, nothing comes onto it.
 # (What is not on it is told by how its name begins.)
-STAMPED = tuple(
-    "compare llama scale loading pays attention smollm2 families formats situations hostile demo texts layers campaign".split()
+STAMPED = (
+    *"compare llama scale loading pays attention smollm2 families formats".split(),
+    *"situations hostile demo texts layers campaign".split(),
 )
 UNSTAMPED = [f"{name}.json" for name in records.OWNERS if not name.startswith(STAMPED)] + ["compare-*/runs/*.json"]
 # Made with descents of ten sweeps of single moves and two of chains, then of three of each; their pages say so.
