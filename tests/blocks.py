@@ -57,10 +57,9 @@ class Tokens:
         return (), {}
 
 
-def tiny_task(inp=6, seed=0, rows=None, **options):
-    "A block that is one linear (of which `rows` are not 0), and tokens for it, in float64."
+def tiny_task(inp=6, seed=0, **options):
+    "A block that is one linear, and tokens for it, in float64."
     linear = nn.Linear(inp, inp, bias=False, dtype=torch.float64).requires_grad_(False)
     linear.weight.copy_(tiny_weight(inp, inp, seed=seed))
-    linear.weight[rows or inp :] = 0
     stream = Tokens(tiny_inputs(inp, 64, seed=seed).T[None])
     return BlockTask(None, nn.Sequential(linear), {"0": 2}, stream, stream.hidden @ linear.weight.T, **options)
