@@ -9,14 +9,15 @@ __all__ = ['whole_moves', 'DescentResult', 'descend']
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import AespaError, NumericalError
 from ..notation import Hessian, Weight
 from .grid import Grid
-from .hessian import one_thread
 from .moves import COMPILED, Kernels, pick_backend
 
 # %% ../../nbs/rounding/16_descent.ipynb #3385dabd
@@ -42,32 +43,6 @@ def _inverse_diagonal(M: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]
     floor = torch.finfo(M.dtype).eps * diag.amax(-1, keepdim=True).clamp(min=0)
     return torch.where(diag > floor, 1 / diag, 0).nan_to_num(0, 0, 0)
 
-# %% ../../nbs/rounding/16_descent.ipynb #7479392e
-def _least_scale(scale):
-    "The smallest scale that a refit may choose: positive, and far from underflow."
-    return torch.finfo(scale.dtype).eps ** 0.5 * scale
-
-
-def _joint_minimum(A, b, scale):
-    "The `x` with the least `x A x - 2 b x`, by conjugate gradients; scales that would not stay positive stay."
-    inv = _inverse_diagonal(A)
-    while True:
-        x, r, d = torch.zeros_like(b), b, inv * b
-        left = first = (r * d).sum(-1, keepdim=True)
-        for _ in range(50):
-            with one_thread():  # the same bits on any number of threads
-                Ad = (A @ d[..., None])[..., 0]
-            step = (left / (d * Ad).sum(-1, keepdim=True).clamp(min=0)).nan_to_num(0, 0, 0)
-            x, r = x + step * d, r - step * Ad
-            before, left = left, (r * inv * r).sum(-1, keepdim=True)
-            if not (left > 1e-6 * first).any():
-                break
-            d = inv * r + (left / before).nan_to_num(0, 0, 0) * d
-        fits = scale + x > _least_scale(scale)
-        if fits.all():
-            return x
-        inv = torch.where(fits, inv, 0)
-
 # %% ../../nbs/rounding/16_descent.ipynb #ed9da466
 class _Problem(NamedTuple):
     "What stays, with the columns in the order in which they are visited."
@@ -79,12 +54,17 @@ class _Problem(NamedTuple):
     inv_g: Float[Tensor, "heads rows"] | None
     order: Int[Tensor, " inp"]
     group: Int[Tensor, " inp"]  # of each column
+    member: Float[Tensor, "inp groups"]  # 1 for a column and its group, else 0
     low: Float[Tensor, "heads rows groups"]  # the least `C`
     high: Float[Tensor, "heads rows groups"]  # the greatest
 
     def weighed(self, M: Float[Tensor, "heads rows n"]) -> Float[Tensor, "heads rows n"]:
         "`G M`."
         return M if self.G is None else self.G @ M
+
+    def widened(self, M: Float[Tensor, "heads rows groups"]) -> Float[Tensor, "heads rows #n"]:
+        "The value of its group for each column."
+        return M if M.shape[-1] == 1 else M[..., self.group]
 
 
 class _State(NamedTuple):
@@ -106,14 +86,15 @@ def _problem(W, codes, grid, H, G) -> tuple[_Problem, _State]:
     group = order // (d // grid.scale.shape[-1])
     codes, scale, zero = (t.reshape(heads, rows, -1).to(W).contiguous() for t in (codes, grid.scale, grid.zero))
     W, H = W[..., order].contiguous(), H[:, order[:, None], order]
+    member = F.one_hot(group, grid.scale.shape[-1]).to(W)
     inv_g = None if G is None else _inverse_diagonal(G)
-    p = _Problem(W, H, G, _inverse_diagonal(H), inv_g, order, group, -zero, grid.max_code - zero)
+    p = _Problem(W, H, G, _inverse_diagonal(H), inv_g, order, group, member, -zero, grid.max_code - zero)
     return p, _State(codes[..., order] - zero[..., group], scale)
 
 # %% ../../nbs/rounding/16_descent.ipynb #0956e51c
 def _error(p, s):
     "`E`: how far every weight is from its target."
-    return s.scale[..., p.group] * s.C - p.W
+    return p.widened(s.scale) * s.C - p.W
 
 
 def _slope(p, s):
@@ -128,21 +109,20 @@ def _loss(p, s, P):
 
 # %% ../../nbs/rounding/16_descent.ipynb #bd6938d9
 def _refit(p, s, P):
-    "New scales for the codes, one group of inputs after the other, and the slope there."
-    scale, moved = s.scale.clone(), torch.zeros_like(P)  # moved: the change of `E H` so far
-    for g in range(scale.shape[-1]):
-        cols = (p.group == g).nonzero()[:, 0] if scale.shape[-1] > 1 else slice(None)
-        C, now = s.C[..., cols], scale[..., g]
-        T = C @ p.H[:, cols]
-        b = -((P[..., cols] + p.weighed(moved[..., cols])) * C).sum(-1)
-        if p.G is None:
-            x = (b / (T[..., cols] * C).sum(-1)).nan_to_num(0, 0, 0)
-            x = torch.where(now + x > _least_scale(now), x, 0)
-        else:
-            x = _joint_minimum((T[..., cols] @ C.mT).mul_(p.G), b, now)
-        scale[..., g] += x
-        moved += T.mul_(x[..., None])
-    return s._replace(scale=scale), P.add_(p.weighed(moved))
+    "Scales that fit the codes better, by the best step along one direction, and the slope there."
+    H_jj, least = p.H.diagonal(dim1=-2, dim2=-1)[:, None], torch.finfo(P.dtype).eps ** 0.5 * s.scale
+    x = -((P * s.C) @ p.member) / ((s.C.square() * H_jj) @ p.member)
+    x = (x if p.G is None else x * p.inv_g[..., None]).nan_to_num(0, 0, 0)
+    along = lambda M, D: (M * D).sum(-1, keepdim=True) if p.G is None else (M * D).sum(-1).sum(-1)[:, None, None]
+    while True:
+        D = p.widened(x) * s.C
+        felt = p.weighed(D @ p.H)
+        step = (-along(P, D) / along(felt, D).clamp(min=0)).nan_to_num(0, 0, 0)
+        scale = s.scale + step * x
+        if (fits := scale > least).all():
+            return s._replace(scale=scale), P + step * felt
+        x = torch.where(fits, x, 0)
+
 
 # %% ../../nbs/rounding/16_descent.ipynb #3cd97cfd
 BLOCK, CHAIN_BLOCK = 256, 2048  # columns that a kernel sees at a time
@@ -156,7 +136,8 @@ def _moved(kernel, size, p, s, P, *limits):
         here, codes = P[..., cols].contiguous(), C[..., cols].clone(memory_format=torch.contiguous_format)
         H, inv_h, group = p.H[:, cols, cols].contiguous(), p.inv_h[:, cols].contiguous(), p.group[cols]
         kernel(here, codes, H, inv_h, s.scale, p.low, p.high, group, *limits)
-        P[..., rest] += (s.scale[..., group] * (codes - C[..., cols])) @ p.H[:, cols, rest]
+        change = (s.scale if s.scale.shape[-1] == 1 else s.scale[..., group]) * (codes - C[..., cols])
+        P[..., rest] += change @ p.H[:, cols, rest]
         C[..., cols] = codes
     return C
 
@@ -183,7 +164,7 @@ def _chains_torch(P, C, H, inv_h, scale, low, high, group, reach, depth, tol):
         p, owed, may = P + d * H[:, at], price + 2 * d * P[..., at], active
         for _ in range(depth):  # the code that gains most, then the next
             room = torch.where(torch.where(p < 0, c < high_j, c > low_j), p.abs(), -p.abs())
-            gain, k = (s * (2 * room - s * diag)).max(-1, keepdim=True)
+            gain, k = (2 * s * room - s * s * diag).max(-1, keepdim=True)
             may = may & (gain > tol * price) & (gain * depth >= owed)
             if not may.any():
                 break
@@ -196,41 +177,43 @@ def _chains_torch(P, C, H, inv_h, scale, low, high, group, reach, depth, tol):
 
 # %% ../../nbs/rounding/16_descent.ipynb #16atatimc
 def _rows_at_a_time(p):
-    "An eighth of the number of rows that `G` leaves independent."
+    "An eighth of the number of rows that `G` leaves independent, within bounds."
     R = p.G * p.inv_g[:, :, None].sqrt() * p.inv_g[:, None].sqrt()
     free = R.diagonal(dim1=-2, dim2=-1).sum(-1).square() / R.square().sum((-1, -2))
-    return int((free.amin() / 8).nan_to_num(1).clamp(1, 128))
+    return int((free.amin() / 8).nan_to_num(4).clamp(4, 128))
 
 # %% ../../nbs/rounding/16_descent.ipynb #e4b54ab8
 def _taken(own, pair):
-    "Which of several moves are made, the largest gain first: 1 for those that lower the loss beside those before."
-    order = own.argsort(dim=-1, stable=True)
-    pair = 2 * pair.take_along_dim(order[..., None], -2).take_along_dim(order[..., None, :], -1)
-    change, taken = own.gather(-1, order), []
-    for k, beside in enumerate(pair.unbind(-2)):
-        taken.append((change[..., k, None] < 0).to(own))
-        change = torch.addcmul(change, taken[-1], beside)
-    return torch.zeros_like(own).scatter(-1, order, torch.cat(taken, -1))
+    "Which of a head's moves are made, the largest gain first: 1 for those that lower the loss beside those before."
+    taken = np.zeros_like(own)
+    for head, change in enumerate(own.copy()):
+        for k in change.argsort(kind="stable"):
+            if change[k] < 0:
+                taken[head, k] = 1
+                change += 2 * pair[head, k]
+    return taken
 
 
 def _sweep(move, p, s, P):
-    "The codes after `move` has gone over all rows; rows that `G` couples move in blocks and are taken one by one."
+    "State and slope after `move` has gone over all rows; rows that `G` couples move in blocks, taken one by one."
     if p.G is None:
-        return move(p, s, P)
+        new = s._replace(C=move(p, s, P))
+        return new, _slope(p, new)
     C, P, size = s.C.clone(), P.clone(), _rows_at_a_time(p)
     for a in range(0, C.shape[1], size):
         rows = slice(a, a + size)
         c, scale, low, high, slope = (t[:, rows].contiguous() for t in (C, s.scale, p.low, p.high, P))
         some, old = p._replace(G=None, low=low, high=high), _State(c, scale)
         new = move(some, old, slope * p.inv_g[:, rows, None])
-        change = scale[..., p.group] * (new - c)
+        change = p.widened(scale) * (new - c)
         felt = change @ p.H
         pair = p.G[:, rows, rows] * (felt @ change.mT)
         own = 2 * (slope * change).sum(-1) + pair.diagonal(dim1=-2, dim2=-1)
-        taken = _taken(own.cpu(), pair.cpu()).to(P)[..., None]
+        taken = torch.from_numpy(_taken(own.cpu().numpy(), pair.cpu().numpy())).to(P)[..., None]
         P += p.G[:, :, rows] @ (felt * taken)
         C[:, rows] = torch.where(taken > 0, new, c)
-    return C
+    return s._replace(C=C), P
+
 
 # %% ../../nbs/rounding/16_descent.ipynb #be1f3ccc
 @dataclass(frozen=True)
@@ -269,7 +252,8 @@ def descend(
     H: Hessian,  # weighs the inputs; positive semidefinite, one for all heads or one each
     G: Float[Tensor, "*#heads out out"] | None = None,  # weighs the rows of a head; None: rows are independent
     start: Weight | None = None,  # codes (None: the nearest)
-    sweeps: tuple[int, int] = (3, 4),  # at most: of single moves, of chains
+    sweeps: tuple[int, int] = (3, 8),  # at most: of single moves, of chains
+    worth: float = 0.003,  # share of the loss that a sweep must gain to be followed by another one
     refit: bool = True,  # fit the scales to the codes after every sweep
     backend: str | None = None,  # "torch", "numba" or "triton"; None: the fastest that is there
 ) -> DescentResult:
@@ -283,19 +267,18 @@ def descend(
     chains = lambda *of: _moved(kernels.chains, CHAIN_BLOCK, *of, REACH, DEPTH, tol)
     losses = []
     for move, most in ((singles, sweeps[0]), (chains, sweeps[1])):
-        P = _slope(p, s)  # anew, without the rounding errors of what refits have added to it
+        P = _slope(p, s)  # anew, without the rounding errors of what has been added to it
         losses[-1:] = [_loss(p, s, P)]
         for _ in range(most):
-            new = s._replace(C=_sweep(move, p, s, P))
-            slope = _slope(p, new)
+            new, slope = _sweep(move, p, s, P)
             if refit:
                 new, slope = _refit(p, new, slope)
             loss = _loss(p, new, slope)
             better = loss.abs() < losses[-1]  # no loss is negative: what is below zero has only lost its digits
             losses.append(torch.where(better, loss, losses[-1]))
             C, scale, P = (torch.where(better[..., None], a, b) for a, b in zip((*new, slope), (*s, P)))
-            still, s = torch.equal(C, s.C), _State(C, scale)
-            if still and not (losses[-1] < losses[-2] * (1 - 1e-6)).any():
+            s = _State(C, scale)
+            if not (losses[-1].sum(-1) < losses[-2].sum(-1) * (1 - worth)).any():  # in no head
                 break
     codes = torch.empty_like(s.C)
     codes[..., p.order] = s.C - p.low[..., p.group]

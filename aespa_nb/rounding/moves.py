@@ -67,22 +67,22 @@ def _singles_loop(P, C, H, inv_h, scale, low, high, group, first, last):
                     P[t, i, k] += d * H[h, j, k]
 
 # %% ../../nbs/rounding/15_moves.ipynb #0677ebe5
-NOW, GAIN, SCALE, LOW, HIGH, UP, DOWN, COST, TRIAL = range(9)  # rows of a thread's table; two hold trials
+NOW, GAIN, STEP, LOW, HIGH, UP, DOWN, COST, TRIAL = range(9)  # rows of a thread's table; two hold trials
 
 
 @_compiled
 def _room(T, k, code):
     "Notes in the table which way the code of column `k` may move."
-    T[UP, k], T[DOWN, k] = 2 * (code < T[HIGH, k]), 2 * (code > T[LOW, k])
+    T[UP, k], T[DOWN, k] = 2 * T[STEP, k] * (code < T[HIGH, k]), 2 * T[STEP, k] * (code > T[LOW, k])
 
 
 @_compiled
 def _move(T, before, after, d, H, h, k):
     "The slope after weight `k` has moved by `d`, and what each code would gain there."
     for m in range(T.shape[1]):
-        T[after, m] = T[before, m] + d * H[h, k, m]
-    for m in range(T.shape[1]):
-        T[GAIN, m] = T[SCALE, m] * (max(-T[after, m] * T[UP, m], T[after, m] * T[DOWN, m]) - T[COST, m])
+        p = T[before, m] + d * H[h, k, m]
+        T[after, m] = p
+        T[GAIN, m] = max(-p * T[UP, m], p * T[DOWN, m]) - T[COST, m]
 
 
 @_compiled
@@ -91,6 +91,13 @@ def _first_largest(words):
     most, k = words[GAIN, 0], 0
     for m in range(words.shape[1]):
         most = max(most, words[GAIN, m])
+    while k + 64 <= words.shape[1]:
+        here = False
+        for m in range(k, k + 64):
+            here |= words[GAIN, m] == most
+        if here:
+            break
+        k += 64
     while words[GAIN, k] != most:
         k += 1
     return k
@@ -116,7 +123,7 @@ def _chain(T, j, d, C, t, i, H, h, total, least, depth, path, was):
         if n > depth or T[GAIN, k] <= least or T[GAIN, k] * depth < total:
             break
         total -= float(T[GAIN, k])
-        d = T[SCALE, k] if T[after, k] < 0 else -T[SCALE, k]
+        d = T[STEP, k] if T[after, k] < 0 else -T[STEP, k]
         before, after = after, TRIAL + (after == TRIAL)
     lower = total < -least
     for m in range(T.shape[1] if lower else 0):
@@ -136,11 +143,11 @@ def _chains_loop(P, C, H, inv_h, scale, low, high, group, reach, depth, tol, fir
         h = min(t, len(H) - 1)
         for k, g in enumerate(group):
             s, c = scale[t, i, g], C[t, i, k]
-            T[NOW, k], T[SCALE, k], T[COST, k] = P[t, i, k], s, s * H[h, k, k]
+            T[NOW, k], T[STEP, k], T[COST, k] = P[t, i, k], s, s * s * H[h, k, k]
             T[LOW, k], T[HIGH, k] = (c, c) if inv_h[h, k] == 0 else (low[t, i, g], high[t, i, g])
             _room(T, k, c)
         for j in range(len(group)):
-            s, p = T[SCALE, j], T[NOW, j]
+            s, p = T[STEP, j], T[NOW, j]
             if abs(p) * inv_h[h, j] < reach * s or (T[UP, j] if p < 0 else T[DOWN, j]) == 0:
                 continue
             d, price = (s if p < 0 else -s), s * s * H[h, j, j]
@@ -210,7 +217,7 @@ if triton:
     def _next_gain(p, q, lo, hi, s, diag, inside, k, total, least, depth):
         "Whether a code compensates, what it gains, its column, and which way it moves."
         free = inside & tl.where(p < 0, q < hi, q > lo)
-        gain = s * (2 * tl.where(free, tl.abs(p), -tl.abs(p)) - s * diag)
+        gain = 2 * s * tl.where(free, tl.abs(p), -tl.abs(p)) - s * s * diag
         most, b = tl.max(gain, axis=0), tl.argmax(gain, axis=0)
         go = (most > least) & (most * depth >= total)
         return go, most, b, tl.where(go, tl.where(_pick(p, k == b) < 0, 1.0, -1.0), 0.0).to(s.dtype)
