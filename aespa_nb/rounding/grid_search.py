@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import AespaError, NumericalError
 from ..notation import Hessian, PerGroup, Weight
-from .grid import Grid, grouped, minmax_grid, to_codes, to_values
+from .grid import Grid, grouped, minmax_grid
 
 # %% ../../nbs/rounding/12_grid_search.ipynb #c726f906
 def row_loss(
@@ -35,25 +35,26 @@ def group_hessians(
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 # %% ../../nbs/rounding/12_grid_search.ipynb #c03search
-def _search(W, loss_of, bits, group_size, symmetric, n_clip, min_clip, target, at_once=1) -> Grid:
-    "The candidate, from the range of `W`, with the least `loss_of(errors)` when `target` is rounded to nearest."
+def _search(W, target, loss_of, bits, group_size, symmetric, n_clip, min_clip) -> Grid:
+    "The candidate, from the range of `W`, with the least loss of `target` rounded to nearest; errors are in steps."
     if n_clip < 1 or not 0 < min_clip <= 1:
         raise AespaError("a search for a grid needs n_clip >= 1 and 0 < min_clip <= 1")
     full = minmax_grid(W, bits, group_size, symmetric)
     W, target = grouped(W, group_size), grouped(target, group_size)
     ideal = (-W.amin(-1)).clamp(min=0) / full.scale
     zeros = [full.zero] if symmetric else [z.clamp(0, full.max_code) for z in (ideal.floor(), ideal.ceil())]
-    clips = torch.linspace(1, min_clip, n_clip).to(W).repeat_interleave(len(zeros))
-    zeros = torch.stack(zeros).repeat(n_clip, *[1] * full.zero.ndim)
     scale, zero, best = full.scale, full.zero, torch.full_like(full.scale, float("inf"))
-    for clip, z in zip(clips.split(at_once), zeros.split(at_once)):
-        s = clip.view(-1, *[1] * full.scale.ndim) * full.scale
-        codes = to_codes(target, s[..., None], z[..., None], full.max_code)
-        loss, i = loss_of(to_values(codes, s[..., None], z[..., None]) - target).min(0, keepdim=True)
-        s, z, loss = (t[0] for t in (s.gather(0, i), z.gather(0, i), loss))
-        scale, zero = torch.where(loss < best, s, scale), torch.where(loss < best, z, zero)
-        best = torch.minimum(loss, best)
+    steps, error = torch.empty_like(target), torch.empty_like(target)
+    for clip in torch.linspace(1, min_clip, n_clip).tolist():
+        s = clip * full.scale
+        torch.div(target, s[..., None], out=steps)
+        for z in zeros:
+            torch.add(steps, z[..., None], out=error).round_().clamp_(0, full.max_code)
+            loss = loss_of(error.sub_(z[..., None]).sub_(steps)) * s.square()
+            lower = loss < best
+            best, scale, zero = (torch.where(lower, a, b) for a, b in ((loss, best), (s, scale), (z, zero)))
     return Grid(bits, scale, zero)
+
 
 # %% ../../nbs/rounding/12_grid_search.ipynb #f0b29473
 def fit_grid(
@@ -72,7 +73,7 @@ def fit_grid(
         raise NumericalError("H has NaN or Inf: check the activations it was made from")
     grouped(W, group_size)  # raises if the groups do not fit
     blocks = group_hessians(H, group_size)
-    return _search(W, lambda E: row_loss(E, blocks), bits, group_size, symmetric, n_clip, min_clip, W)
+    return _search(W, W, lambda E: row_loss(E, blocks), bits, group_size, symmetric, n_clip, min_clip)
 
 # %% ../../nbs/rounding/12_grid_search.ipynb #c03wfit
 def fit_weighted(
@@ -88,7 +89,10 @@ def fit_weighted(
     "The grid with the least sum of `price * e**2` after rounding, per row and group."
     if price.shape[-1] != W.shape[-1]:
         raise AespaError(f"{price.shape[-1]} prices do not belong to a weight with {W.shape[-1]} inputs")
-    p = grouped(price[..., None, :].expand(W.shape), group_size)
-    target, at_once = W if target is None else target, max(1, 2**18 // W.numel())  # few operations, in the cache
-    loss_of = lambda E: (E.square() * p).sum(-1)
-    return _search(W, loss_of, bits, group_size, symmetric, n_clip, min_clip, target, at_once)
+    p, options = grouped(price[..., None, :], group_size), (bits, group_size, symmetric, n_clip, min_clip)
+    loss_of = lambda E: E.square_().mul_(p).sum(-1)
+    at_once = 2**17 if W.device.type == "cpu" else 2**26  # weights that stay in the cache of a CPU, or keep a GPU busy
+    rows = max(1, at_once * W.shape[-2] // W.numel())
+    parts = zip(W.split(rows, -2), (W if target is None else target).split(rows, -2))
+    grids = [_search(*part, loss_of, *options) for part in parts]
+    return Grid(bits, *(torch.cat([getattr(g, name) for g in grids], -2) for name in ("scale", "zero")))
