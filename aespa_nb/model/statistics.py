@@ -26,7 +26,7 @@ from .phases import phase
 from .roles import AttentionMap, BlockMap, Role, map_block
 from .stream import BlockStream
 from ..notation import Hessian
-from ..rounding.hessian import Gram
+from ..rounding.hessian import Gram, mirror_
 from ..rounding.target import AccumulatedError, PairedGram
 
 # %% ../../nbs/model/46_statistics.ipynb #907c8c72
@@ -334,7 +334,7 @@ def _pooled(inputs: dict, found: BlockMap) -> tuple[dict[tuple, Hessian], list[s
         poor = [group for group, gram in grams.items() if gram.tokens < len(gram.total)]
         if poor:
             total, tokens = sum(gram.total for gram in grams.values()), sum(gram.tokens for gram in grams.values())
-            pooled = total / tokens if tokens else torch.eye(len(total)).to(total)
+            pooled = mirror_(total).div_(tokens) if tokens else torch.eye(len(total)).to(total)
             hessians |= dict.fromkeys(poor, pooled)
             few = f"{len(poor)} of {len(grams)} linears like {poor[0][0]} saw too few tokens"
             notes.append(f"{few}: statistics pooled")
