@@ -239,7 +239,7 @@ def _check(W, grid, H, G, codes, sweeps):
     if bad_H or bad_G or grid.scale.shape[:-1] != W.shape[:-1] or inp % grid.scale.shape[-1] or codes.shape != W.shape:
         shapes = ", ".join(str(list(t.shape)) for t in (W, H, codes, grid.scale, *([] if G is None else [G])))
         raise AespaError(f"W, H, start, scale and G do not fit: {shapes}")
-    if not all(torch.isfinite(t).all() for t in (W, H, codes, *([] if G is None else [G]))):
+    if not all(t.sum().isfinite() for t in (W, H, codes, *([] if G is None else [G]))):
         raise NumericalError("the weight, its codes, H or G has NaN or Inf")
     if ((codes < 0) | (codes > grid.max_code)).any() or min(sweeps) < 0:
         raise AespaError(f"codes must lie in 0..{grid.max_code}, and numbers of sweeps must not be negative")
