@@ -62,9 +62,13 @@ class _Problem(NamedTuple):
         "`G M`."
         return M if self.G is None else self.G @ M
 
-    def widened(self, M: Float[Tensor, "heads rows groups"]) -> Float[Tensor, "heads rows #n"]:
-        "The value of its group for each column."
-        return M if M.shape[-1] == 1 else M[..., self.group]
+    def widened(self, M: Float[Tensor, "heads rows groups"], cols=slice(None)) -> Float[Tensor, "heads rows #n"]:
+        "For each of the columns `cols` the value of its group."
+        return M if M.shape[-1] == 1 else M[..., self.group[cols]]
+
+    def summed(self, M: Float[Tensor, "heads rows inp"]) -> Float[Tensor, "heads rows groups"]:
+        "The sum over the columns of each group."
+        return M.sum(-1, keepdim=True) if self.member.shape[1] == 1 else M @ self.member
 
 
 class _State(NamedTuple):
@@ -109,17 +113,18 @@ def _loss(p, s, P):
 
 # %% ../../nbs/rounding/16_descent.ipynb #bd6938d9
 def _refit(p, s, P):
-    "Scales that fit the codes better, by the best step along one direction, and the slope there."
-    H_jj, least = p.H.diagonal(dim1=-2, dim2=-1)[:, None], torch.finfo(P.dtype).eps ** 0.5 * s.scale
-    x = -((P * s.C) @ p.member) / ((s.C.square() * H_jj) @ p.member)
+    "Scales that fit the codes better, by the best step along one direction in each row (head); the slope there."
+    live, H_jj = (p.inv_h > 0)[:, None], p.H.diagonal(dim1=-2, dim2=-1)[:, None]
+    x = -p.summed(P * s.C * live) / p.summed(s.C.square() * H_jj * live)
     x = (x if p.G is None else x * p.inv_g[..., None]).nan_to_num(0, 0, 0)
-    along = lambda M, D: (M * D).sum(-1, keepdim=True) if p.G is None else (M * D).sum(-1).sum(-1)[:, None, None]
+    dot = lambda M, D: (M * D).sum(-1, keepdim=True) if p.G is None else (M * D).sum(-1).sum(-1)[:, None, None]
     while True:
         D = p.widened(x) * s.C
         felt = p.weighed(D @ p.H)
-        step = (-along(P, D) / along(felt, D).clamp(min=0)).nan_to_num(0, 0, 0)
+        step = (-dot(P, D) / dot(felt, D).clamp(min=0)).nan_to_num(0, 0, 0)
         scale = s.scale + step * x
-        if (fits := scale > least).all():
+        fits = (scale > torch.finfo(P.dtype).eps ** 0.5 * s.scale) | (x == 0)  # one that would not stay positive stays
+        if fits.all():
             return s._replace(scale=scale), P + step * felt
         x = torch.where(fits, x, 0)
 
@@ -136,8 +141,7 @@ def _moved(kernel, size, p, s, P, *limits):
         here, codes = P[..., cols].contiguous(), C[..., cols].clone(memory_format=torch.contiguous_format)
         H, inv_h, group = p.H[:, cols, cols].contiguous(), p.inv_h[:, cols].contiguous(), p.group[cols]
         kernel(here, codes, H, inv_h, s.scale, p.low, p.high, group, *limits)
-        change = (s.scale if s.scale.shape[-1] == 1 else s.scale[..., group]) * (codes - C[..., cols])
-        P[..., rest] += change @ p.H[:, cols, rest]
+        P[..., rest] += (p.widened(s.scale, cols) * (codes - C[..., cols])) @ p.H[:, cols, rest]
         C[..., cols] = codes
     return C
 
@@ -177,7 +181,7 @@ def _chains_torch(P, C, H, inv_h, scale, low, high, group, reach, depth, tol):
 
 # %% ../../nbs/rounding/16_descent.ipynb #16atatimc
 def _rows_at_a_time(p):
-    "An eighth of the number of rows that `G` leaves independent, within bounds."
+    "An eighth of the number of rows that `G` leaves independent; at least 4, at most 128."
     R = p.G * p.inv_g[:, :, None].sqrt() * p.inv_g[:, None].sqrt()
     free = R.diagonal(dim1=-2, dim2=-1).sum(-1).square() / R.square().sum((-1, -2))
     return int((free.amin() / 8).nan_to_num(4).clamp(4, 128))
@@ -239,7 +243,7 @@ def _check(W, grid, H, G, codes, sweeps):
     if bad_H or bad_G or grid.scale.shape[:-1] != W.shape[:-1] or inp % grid.scale.shape[-1] or codes.shape != W.shape:
         shapes = ", ".join(str(list(t.shape)) for t in (W, H, codes, grid.scale, *([] if G is None else [G])))
         raise AespaError(f"W, H, start, scale and G do not fit: {shapes}")
-    if not all(t.sum().isfinite() for t in (W, H, codes, *([] if G is None else [G]))):
+    if not all(t.sum(dtype=torch.float64).isfinite() for t in (W, H, codes, *([] if G is None else [G]))):
         raise NumericalError("the weight, its codes, H or G has NaN or Inf")
     if ((codes < 0) | (codes > grid.max_code)).any() or min(sweeps) < 0:
         raise AespaError(f"codes must lie in 0..{grid.max_code}, and numbers of sweeps must not be negative")
@@ -253,7 +257,7 @@ def descend(
     G: Float[Tensor, "*#heads out out"] | None = None,  # weighs the rows of a head; None: rows are independent
     start: Weight | None = None,  # codes (None: the nearest)
     sweeps: tuple[int, int] = (3, 8),  # at most: of single moves, of chains
-    worth: float = 0.003,  # share of the loss that a sweep must gain to be followed by another one
+    worth: float = 0.003,  # share of its loss that a sweep must gain in some head to be followed by another one
     refit: bool = True,  # fit the scales to the codes after every sweep
     backend: str | None = None,  # "torch", "numba" or "triton"; None: the fastest that is there
 ) -> DescentResult:
@@ -278,7 +282,8 @@ def descend(
             losses.append(torch.where(better, loss, losses[-1]))
             C, scale, P = (torch.where(better[..., None], a, b) for a, b in zip((*new, slope), (*s, P)))
             s = _State(C, scale)
-            if not (losses[-1].sum(-1) < losses[-2].sum(-1) * (1 - worth)).any():  # in no head
+            before, after = losses[-2].sum(-1), losses[-1].sum(-1)
+            if not (before - after > worth * before.abs()).any():  # in no head
                 break
     codes = torch.empty_like(s.C)
     codes[..., p.order] = s.C - p.low[..., p.group]

@@ -35,8 +35,9 @@ def group_hessians(
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 # %% ../../nbs/rounding/12_grid_search.ipynb #c03search
+@torch.no_grad()
 def _search(W, target, loss_of, bits, group_size, symmetric, n_clip, min_clip) -> Grid:
-    "The candidate, from the range of `W`, with the least loss of `target` rounded to nearest; errors are in steps."
+    "The candidate from the range of `W` that rounds `target` with the least loss; `loss_of` may overwrite its errors."
     if n_clip < 1 or not 0 < min_clip <= 1:
         raise AespaError("a search for a grid needs n_clip >= 1 and 0 < min_clip <= 1")
     full = minmax_grid(W, bits, group_size, symmetric)
@@ -49,7 +50,7 @@ def _search(W, target, loss_of, bits, group_size, symmetric, n_clip, min_clip) -
         s = clip * full.scale
         torch.div(target, s[..., None], out=steps)
         for z in zeros:
-            torch.add(steps, z[..., None], out=error).round_().clamp_(0, full.max_code)
+            torch.round(steps, out=error).add_(z[..., None]).clamp_(0, full.max_code)
             loss = loss_of(error.sub_(z[..., None]).sub_(steps)) * s.square()
             lower = loss < best
             best, scale, zero = (torch.where(lower, a, b) for a, b in ((loss, best), (s, scale), (z, zero)))

@@ -56,7 +56,7 @@ def quadratic_loss(
 
 # %% ../../nbs/rounding/11_hessian.ipynb #c02half
 def _blocks(n: int) -> list[slice]:
-    "At most eight ranges of `n` rows, of 128 at least."
+    "At most eight ranges of `n` rows, of 128 or more except the last."
     size = max(128, -(-n // 8))
     return [slice(a, min(a + size, n)) for a in range(0, n, size)]
 
@@ -84,7 +84,7 @@ class Gram:
     SUMS = "total", "tokens"  # what adds up
 
     def __init__(self, inp: int, device=None, dtype=torch.float32):
-        self.total = torch.zeros(inp, inp, device=device, dtype=dtype)  # above the diagonal: see `add_square`
+        self.total = torch.zeros(inp, inp, device=device, dtype=dtype)  # only blocks on and above the diagonal
         self.tokens = 0
 
     def add(self, X: Inputs) -> None:

@@ -43,7 +43,7 @@ class PairedGram(Gram):
         "Adds the tokens of one batch. Raises `AespaError` if the shapes differ, `NumericalError` on NaN or Inf."
         if X.shape != X_full.shape:
             raise AespaError(f"the two streams differ in shape: {tuple(X.shape)} and {tuple(X_full.shape)}")
-        if not X_full.sum().isfinite():
+        if not X_full.sum(dtype=self.total.dtype).isfinite():
             raise NumericalError("NaN or Inf in the full-precision stream: check the model's dtype and the tokens")
         if not counted:
             self.add(X)

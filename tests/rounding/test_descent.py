@@ -85,13 +85,15 @@ def test_blocks_of_columns_and_threads_change_nothing(coupled):
     G = damp(gram(3, 7, 20)) if coupled else None
     options = dict(start=gptq(W, H, minmax_grid(W, 2)).codes, sweeps=(3, 0))
     slow = descend(W, minmax_grid(W, 2), H, G, backend="torch", **options)
-    threads = torch.get_num_threads()
+    threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            assert torch.equal(descend(W, minmax_grid(W, 2), H, G, backend="numba", **options).codes, slow.codes)
+            found.append(descend(W, minmax_grid(W, 2), H, G, backend="numba", **options))
     finally:
         torch.set_num_threads(threads)
+    assert all(torch.equal(r.codes, slow.codes) for r in found)
+    assert torch.equal(found[0].grid.scale, found[1].grid.scale)
 
 
 @quick
