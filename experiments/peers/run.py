@@ -109,6 +109,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration sequences (default: 0)")
     told = "smollm2 (on the text of smollm2.py), or a folder that train_reference.py made"
     parser.add_argument("--model", help=f"{told} (default: the bundled model)")
+    told = "a second row for a run on record, made on another machine: how much faster is this one?"
+    parser.add_argument("--again", action="store_true", default=None, help=told)
     args = parser.parse_args()
     if args.recipe not in RECIPES[args.peer]:
         parser.error(f"{args.peer} has the recipes {', '.join(RECIPES[args.peer])}")
@@ -128,5 +130,5 @@ if __name__ == "__main__":
         settings, machine = RECIPES[args.peer][args.recipe], [platform.processor(), platform.system()]
         return dict(settings=settings, **scores, **report, machine=machine, made=stamp(dict(settings, **job)))
 
-    keys = ("model", "peer", "recipe", "bits", "group_size", "samples", "eval_samples", "seed")
+    keys = ("model", "peer", "recipe", "bits", "group_size", "samples", "eval_samples", "seed", "again")
     resume("peers", [{k: getattr(args, k) for k in keys}], run)
