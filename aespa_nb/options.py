@@ -128,8 +128,8 @@ PRESETS_TEXT = (
     "by others: awq, omniquant, affinequant, turboboa, brecq, signround"
 )
 PRICES = (  # of `nbs/runs/compare-reference`, 2 bits
-    "The bundled model takes gptq 14 s and 14 MiB on one thread, gptaq 47 s and 16 MiB, aespa 137 s and 14 MiB, "
-    "best 95 s and 23 MiB, max 277 s and 36 MiB; aespa_nb plan tells it for yours"
+    "The bundled model takes gptq 11 s and 18 MiB on one thread, gptaq 22 s and 20 MiB, aespa 104 s and 19 MiB, "
+    "best 55 s and 29 MiB, max 207 s and 48 MiB; aespa_nb plan tells it for yours"
 )
 SET = "Any other field of the configuration (`Recipe`), e.g. end_to_end=100; or a .json file with several."
 KEEP = "Bits of the linears whose name contains PART, e.g. down_proj=4; 16 leaves them as they are."
