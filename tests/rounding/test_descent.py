@@ -220,3 +220,9 @@ def test_rows_side_by_side_are_taken_only_where_they_help_each_other():
         W, H, G = draw(seed, 1, 40, 12), gram(seed + 1, 12, 20), gram(seed + 2, 40, 8 + 4 * seed)[None]
         r = descend(W, minmax_grid(W, 2), H, G, sweeps=(4, 4))
         assert (r.losses.diff(dim=0) <= 0).all() and r.loss < r.losses[0].sum()
+
+
+def test_codes_whose_sum_half_precision_does_not_hold():
+    W, H = draw(5, 2, 300, dtype=torch.float32).half().repeat(150, 1), damp(gram(6, 300, 400)).float()
+    r = descend(W, minmax_grid(W, 2), H, sweeps=(1, 0))
+    assert r.losses.isfinite().all() and r.loss < r.losses[0].sum()

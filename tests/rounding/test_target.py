@@ -180,3 +180,10 @@ def test_what_cannot_be_is_refused():
         error_map(eye * float("nan"), eye)
     with pytest.raises(AespaError):
         error_map(eye, eye, damping=-1)
+
+
+def test_sums_beyond_half_precision_are_no_infinity():
+    X = torch.full((64, 4096), 0.5, dtype=torch.float16)  # their sum is twice what float16 holds
+    gram = PairedGram(64)
+    gram.add_pair(X, X)
+    assert gram.error().abs().max() == 0 and (gram.mean() == 0.25).all()
