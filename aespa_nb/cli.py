@@ -349,8 +349,8 @@ def fetch(
     print(f"{(folder / 'ORIGIN.md').read_text(encoding='utf-8').strip()}\n\nIt lies in {folder}, and is called {name}.")
 
 # %% ../nbs/guides/90_cli.ipynb #8d1120a7
-DEMO = ("rtn", "gptq", "adaround", "aespa", "best")
-BRIEF = Text(eval_samples=128)
+DEMO = dict(rtn=1, gptq=1.5, adaround=3, aespa=3, best=3)  # presets, and about what they cost
+BRIEF = Text(samples=64, eval_samples=128)
 
 
 @command("demo", "aespa_nb demo", "aespa_nb demo --bits 3 --presets rtn gptq best --out build/demo")
@@ -359,12 +359,13 @@ def demo(
     storage: Storage = PACKED,
     text: Text = BRIEF,
     bits: option(list[int], "Rounding", "Bit-widths, one or several.") = (2, 3),
-    presets: option(list[str], "Rounding", f"{PRESETS_TEXT}. The last is saved, at the fewest bits.") = DEMO,
+    presets: option(list[str], "Rounding", f"{PRESETS_TEXT}. The last is saved, at the fewest bits.") = tuple(DEMO),
     out: Out = "aespa_demo",
     quiet: Quiet = False,
 ) -> None:
     "Put five presets side by side on the bundled model and save the last: a first look that needs no network."
     import torch
+    from tqdm import tqdm
 
     from aespa_nb.data.scores import evaluate_model
     from aespa_nb.experiments import results
@@ -384,18 +385,23 @@ def demo(
     options = {**asdict(changes), **asdict(text), "bits": bits, "presets": presets}
     run, dtype = results.how_it_ran(options, told(said), configs), source.file_dtype(model, configs[0])
     shown = dict(progress=not quiet, device=changes.device)
-    with complete_folder(out) as folder:
+    work, form = [DEMO.get(preset, 3) for preset, _ in names], "{desc} ({percentage:.0f} % done, {remaining} left)"
+    hidden = True if quiet else None  # shown in a terminal
+    with complete_folder(out) as folder, tqdm(total=sum(work), bar_format=form, smoothing=0, disable=hidden) as bar:
         rows = [results.score_row("full", model, evaluate_model(model, heldout, **shown))]
-        for name, config in zip(names, configs):
+        bar.write(results.results_table(rows))
+        for name, config, cost in zip(names, configs, work):
+            bar.set_description_str("{}, {} bits".format(*name))
             rounded = copy.deepcopy(model)
             report = quantize_model(rounded, calib, config, not quiet)
             snap_model(rounded, report, dtype)  # what is measured has the precision of the file
             scores = evaluate_model(rounded, heldout, model, **shown)
             rows.append(results.score_row(name[0], rounded, scores, report))
+            bar.write(results.results_table(rows[-1:]).splitlines()[-1])
+            bar.update(cost)
             if name == kept:
                 save(folder / "checkpoint", rounded, report, storage, tokenizer, text.facts(source), dtype)
         results.write_results(folder, "aespa_nb: reference", rows, run)
-    print(results.results_table(rows))
     print(f"written to {out}: report.html, comparison.svg, results.json, checkpoint/")
     saved, _ = load_model(Path(out).expanduser() / "checkpoint", torch.float32)
     prompt = tokenizer("Return a new array", return_tensors="pt")

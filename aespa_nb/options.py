@@ -38,7 +38,10 @@ def option(kind: type, panel: str, text: str, *names: str, **more):
 def set_up(device: str | None) -> None:
     "What precedes every command. Raises `AespaError` for a device that can't compute here."
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # products have the same bits on any number of threads
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other work, threads that spin as they wait cost much
+    import psutil  # comes with accelerate
+
+    if psutil.cpu_percent(0.2) > 25:  # beside other work, waiting threads that spin cost more than those that sleep
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import matplotlib
     import torch
     from transformers.utils import logging

@@ -85,7 +85,7 @@ def test_the_short_way_takes_two_hours():
 def test_folded_bars_say_what_is_in_them():
     bars = [bar for page in CHAPTERS for bar in parsed(SITE / page).bars]
     assert len(bars) > 100 and not [bar for bar in bars if "code cell" in bar]
-    assert "imports" in bars and any(bar.startswith("_Quadratic: ") for bar in bars)
+    assert "imports" in bars and any(bar.startswith("_check_pair: ") for bar in bars)
 
 
 # --- in the browser -----------------------------------------------------------------------------------------------

@@ -18,24 +18,6 @@ from ..errors import AespaError, NumericalError
 from ..notation import Hessian
 from ..rounding.hessian import Gram, damp, sum_all
 
-# %% ../../nbs/attention/22_kronecker_losses.ipynb #24ab28a5
-class _Quadratic(torch.autograd.Function):
-    "`tr(G dW H dW^T)` whose backward pass re-uses the forward product. `G` and `H` are symmetric constants."
-
-    @staticmethod
-    def forward(ctx, dW, H, G):
-        P = dW @ H
-        if G is not None:
-            P = G @ P
-        ctx.save_for_backward(P)
-        return sum_all(P * dW)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (P,) = ctx.saved_tensors
-        return 2 * grad * P, None, None
-
 # %% ../../nbs/attention/22_kronecker_losses.ipynb #934cc777
 def _check_pair(H, G):
     "Raises if the matrices are not square, not finite, or their heads don't match."
@@ -79,7 +61,16 @@ class KroneckerLoss:
         return _split_rows(W, self.H, self.G)
 
     def __call__(self, dW: Float[Tensor, "*any inp"]) -> Float[Tensor, ""]:
-        return _Quadratic.apply(self.split(dW), self.H, self.G)
+        dW = self.split(dW)
+        return sum_all(self._weighed(dW) * dW)
+
+    def _weighed(self, dW):
+        P = dW @ self.H
+        return P if self.G is None else self.G @ P
+
+    def gradient(self, dW: Float[Tensor, "*any inp"]) -> Float[Tensor, "*any inp"]:
+        "The derivative by `dW`, `2 G dW H`: one product, where autograd takes two."
+        return self._weighed(self.split(dW)).reshape(dW.shape).mul_(2)
 
     @property
     def curvature(self) -> Float[Tensor, "*#heads #rows inp"]:

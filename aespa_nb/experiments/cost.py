@@ -32,6 +32,7 @@ from ..model.phases import timed
 from ..quantize.config import AespaConfig
 from ..quantize.model import quantize_model
 from ..quantize.run import check_model
+from ..rounding.hessian import one_thread
 
 # %% ../../nbs/experiments/81_cost.ipynb #b275249d
 def flop_counter() -> FlopCounterMode:
@@ -103,8 +104,8 @@ def count_work(
     config: AespaConfig,
 ) -> dict[str, float]:  # what happens inside numba's and Triton's kernels is not seen
     "Operations of every phase of a run, counted on one block of each kind. Raises as `quantize_model` does."
-    counter = flop_counter()
-    with one_of_each(model) as times, counter, timed(counter.get_total_flops) as flops:
+    counter = flop_counter()  # sees the thread that it is opened in
+    with one_of_each(model) as times, one_thread(), counter, timed(counter.get_total_flops) as flops:
         quantize_model(model, tokens, replace(config, head=16))
     return {name: n * times for name, n in flops.items()}
 

@@ -44,9 +44,8 @@ def score_row(name: str, model: PreTrainedModel, scores: Scores, report: QuantRe
 # %% ../../nbs/experiments/84_results.ipynb #ae09141c
 def results_table(rows: list[dict]) -> str:
     "The rows as lines of text; MB is what the packed model takes."
-    forms = dict(
-        method="{}", bits="{}", perplexity="{:.2f}", kl="{:.4f}", top1="{:.1%}", seconds="{:.0f}", megabytes="{:.1f}"
-    )
+    forms = dict(method="{:>8}", bits="{}", perplexity="{:.2f}", kl="{:.4f}", top1="{:6.1%}")
+    forms |= dict(seconds="{:.0f}", megabytes="{:.1f}")
     frame = pd.DataFrame([{key: form.format(r[key]) for key, form in forms.items()} for r in rows])
     return frame.rename(columns=dict(kl="KL", top1="top-1", megabytes="MB packed")).to_string(index=False)
 

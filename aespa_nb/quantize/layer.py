@@ -7,8 +7,10 @@ __all__ = ['RoundedLayer', 'choose_grid', 'solve_rtn', 'solve_gptq', 'solve_adar
            'solve_boa', 'round_layer', 'round_layer_safely']
 
 # %% ../../nbs/quantize/61_layer.ipynb #a0expaye
+import contextlib
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +26,7 @@ from ..rounding.descent import descend
 from ..rounding.gptq import fit_compensated, gptq
 from ..rounding.grid import Grid, minmax_grid
 from ..rounding.grid_search import fit_grid
+from ..rounding.hessian import one_thread
 from ..rounding.packing import RoundedWeight
 
 # %% ../../nbs/quantize/61_layer.ipynb #7dd28815
@@ -35,20 +38,10 @@ class RoundedLayer(RoundedWeight):
     loss: float = 0.0  # its loss now
     seconds: float = 0.0
 
-# %% ../../nbs/quantize/61_layer.ipynb #c14codes
-def choose_grid(U: Float[Tensor, "*heads out inp"], H: Float[Tensor, "*heads inp inp"], config: AespaConfig) -> Grid:
-    "The grid of the recipe's kind; a coarse search where the solver refits the scales."
-    if config.grid == "minmax":
-        return minmax_grid(U, config.bits, config.group_size, config.symmetric)
-    if config.grid == "compensated":
-        return fit_compensated(U, H, config.bits, config.group_size, config.symmetric)
-    n_clip = 20 if config.solver == "descent" else 50
-    return fit_grid(U, H, config.bits, config.group_size, config.symmetric, n_clip)
-
 # %% ../../nbs/quantize/61_layer.ipynb #61b859be
 def _parts(U, loss) -> list[slice]:
-    "At most four parts of `U` that don't interact: heads, or rows when `G` is the identity."
-    n = min(4, len(U), max(1, U.numel() >> 16)) if U.ndim == 3 or loss.G is None else 1
+    "One, two or four parts of `U` that don't interact: heads, or rows when `G` is the identity."
+    n = min(4, len(U), 1 << max(0, U.numel().bit_length() - 17)) if U.ndim == 3 or loss.G is None else 1
     return [slice(len(U) * i // n, len(U) * (i + 1) // n) for i in range(n)]
 
 
@@ -59,6 +52,30 @@ def _cut(x, part: slice):
     if isinstance(x, KroneckerLoss):
         return KroneckerLoss(*(M[part] if M is not None and M.ndim == 3 else M for M in (x.H, x.G)))
     return x[part]
+
+
+def _each_part(solve, U, loss, *others) -> list:
+    "`solve(U, loss, *others)` for each part; on a CPU those of a small weight side by side, a thread each."
+    parts = [[_cut(x, part) for x in (U, loss, *others)] for part in _parts(U, loss)]
+    if U.device.type != "cpu" or U.numel() > 2 ** (20 if len(parts) > 1 else 17):
+        return [solve(*part) for part in parts]
+    beside = min(torch.get_num_threads(), len(parts))
+    with one_thread():
+        if beside == 1:
+            return [solve(*part) for part in parts]
+        with ThreadPoolExecutor(beside, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda part: solve(*part), parts))
+
+# %% ../../nbs/quantize/61_layer.ipynb #c14codes
+def choose_grid(U: Float[Tensor, "*heads out inp"], H: Float[Tensor, "*heads inp inp"], config: AespaConfig) -> Grid:
+    "The grid of the recipe's kind; a coarse search where the solver refits the scales."
+    options = config.bits, config.group_size, config.symmetric
+    if config.grid == "minmax":
+        return minmax_grid(U, *options)
+    with one_thread() if U.numel() <= 2**18 else contextlib.nullcontext():  # steps that are too small to share
+        if config.grid == "compensated":
+            return fit_compensated(U, H, *options)
+        return fit_grid(U, H, *options, n_clip=20 if config.solver == "descent" else 50)
 
 # %% ../../nbs/quantize/61_layer.ipynb #c14solvers
 def solve_rtn(U, grid, loss, config):
@@ -75,9 +92,10 @@ def solve_gptq(U, grid, loss, config):
 def solve_adaround(U, grid, loss, config, start=None):
     "AdaRound from `start`; None: from the weight itself, so from its nearest codes."
     lr, start = config.lr or 30 / config.iterations, U if start is None else start
-    learn = lambda *of: adaround(*of, config.iterations, lr, loss_scale=config.loss_scale)
+    options = dict(iterations=config.iterations, lr=lr, loss_scale=config.loss_scale)
+    learn = lambda U, loss, grid, start: adaround(U, grid, loss, start, **options)
     with phase("adam"):
-        return torch.cat([learn(*(_cut(x, p) for x in (U, grid, loss, start))) for p in _parts(U, loss)]), grid
+        return torch.cat(_each_part(learn, U, loss, grid, start)), grid
 
 
 def solve_gptq_adaround(U, grid, loss, config):
@@ -90,11 +108,10 @@ def solve_gptq_adaround(U, grid, loss, config):
 def solve_descent(U, grid, loss, config):
     "Greedy coordinate descent from GPTQ's codes; the scales are refitted."
     with phase("gptq"):
-        start, found = gptq(U, loss.H, grid).codes.byte(), []
+        start = gptq(U, loss.H, grid).codes.byte()
     with phase("descent"):
-        for p in _parts(U, loss):
-            some = _cut(loss, p)
-            found.append(descend(U[p], _cut(grid, p), some.H, some.G, start[p]))
+        lower = lambda U, loss, grid, start: descend(U, grid, loss.H, loss.G, start)
+        found = _each_part(lower, U, loss, grid, start)
     scale = torch.cat([r.grid.scale for r in found])
     return torch.cat([r.codes for r in found]), replace(grid, scale=scale)
 

@@ -23,7 +23,8 @@ from .layer import RoundedLayer
 @contextlib.contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
     "A bar over `total` layers; yields the function that announces the next layer by its name."
-    with tqdm(desc="statistics", total=total, unit="layer", disable=None if shown else True) as bar:  # in a terminal
+    options = dict(leave=None, disable=None if shown else True)  # gone in the end if below another; only in a terminal
+    with tqdm(desc="statistics", total=total, unit="layer", **options) as bar:
         yield lambda name: (bar.set_description(name, refresh=False), bar.update())
 
 # %% ../../nbs/quantize/62_report.ipynb #9f75f99b

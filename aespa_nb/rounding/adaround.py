@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['STRETCH', 'EDGE', 'rectified_sigmoid', 'initial_logit', 'relaxed_start', 'rounding_penalty', 'beta_schedule',
-           'penalty_gradient', 'logit_gradient', 'loss_gradient', 'adaround']
+           'penalty_gradient', 'logit_gradient', 'loss_gradient', 'Relaxation', 'CompiledRelaxation', 'adaround']
 
 # %% ../../nbs/rounding/14_adaround.ipynb #3fb1016c
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import AespaError, NumericalError
 from .grid import Grid
+from .moves import compiled, in_threads, numba
 
 STRETCH = (-0.1, 1.1)  # (lo, hi): the sigmoid's range before it is cut to [0, 1]
 EDGE = 1e-6  # how near to 0 or 1 an `h` may start: exactly there its gradient would be 0
@@ -95,19 +98,112 @@ def logit_gradient(
 def loss_gradient(
     loss: Callable[[Float[Tensor, "*heads out inp"]], Float[Tensor, ""]],
     dW: Float[Tensor, "*heads out inp"],
-) -> tuple[Float[Tensor, ""], Float[Tensor, "*heads out inp"]]:
-    "Value and gradient of any differentiable `loss` at `dW`."
+) -> Float[Tensor, "*heads out inp"]:
+    "The gradient of any differentiable `loss` at `dW`."
     with torch.enable_grad():
         dW = dW.detach().requires_grad_()
-        value = loss(dW)
-        return value.detach(), torch.autograd.grad(value, dW)[0]
+        return torch.autograd.grad(loss(dW), dW)[0]
+
+# %% ../../nbs/rounding/14_adaround.ipynb #14relax1
+class Relaxation:
+    "Weights between two codes each, which Adam moves to one of them."
+
+    def __init__(
+        self,
+        W: Float[Tensor, "*heads out inp"],
+        start: Float[Tensor, "*heads out inp"],
+        grid: Grid,
+        pull: float,  # what the loss counts
+        pressure: Float[Tensor, "*heads out inp"],  # what the penalty of each weight counts
+        lr: float,
+    ):
+        self.base, self.round_logit = relaxed_start(start, grid)
+        scale, zero = grid.expand(W.shape[-1])
+        self.scale, self.offset, self.pull, self.pressure = scale, scale * (self.base - zero) - W, pull, pressure
+        self.adam = torch.optim.Adam([self.round_logit], lr=lr, fused=True)
+
+    def error(self) -> Float[Tensor, "*heads out inp"]:
+        "`W_hat - W` now."
+        self.sig = torch.sigmoid(self.round_logit)
+        self.h = self.sig.mul(STRETCH[1] - STRETCH[0]).add_(STRETCH[0]).clamp_(0, 1)
+        return torch.addcmul(self.offset, self.scale, self.h)
+
+    def step(self, grad: Float[Tensor, "*heads out inp"], beta: float | None) -> None:
+        "One step of Adam; `grad`: of the loss, by `error()`."
+        grad = (self.pull * grad).mul_(self.scale)
+        if beta is not None:
+            grad.add_(penalty_gradient(self.h, beta).mul_(self.pressure))
+        self.round_logit.grad = logit_gradient(grad, self.sig, self.h)
+        self.adam.step()
+
+    def codes(self) -> Float[Tensor, "*heads out inp"]:
+        "Each weight at the nearer of its two codes."
+        return self.base + (self.round_logit >= 0)
+
+# %% ../../nbs/rounding/14_adaround.ipynb #14fuse03
+DECAY = (0.9, 0.999)  # of Adam's two means: of the gradient, of its square
+LOW, SPAN, KEPT, KEPT_SQUARE = map(np.float32, (STRETCH[0], STRETCH[1] - STRETCH[0], *DECAY))
+ZERO, HALF, ONE, EPS = map(np.float32, (0, 0.5, 1, 1e-8))
+
+
+@compiled
+def _place_loop(sig, offset, scale, dW, apart, first, last):
+    "Writes `W_hat - W`, and how far each `h` is from the middle."
+    for i in range(first, last):
+        for j in range(sig.shape[2]):
+            h = min(max(SPAN * sig[0, i, j] + LOW, ZERO), ONE)
+            dW[0, i, j] = offset[0, i, j] + scale[0, i, j] * h
+            apart[0, i, j] = abs(h - HALF)
+
+
+@compiled
+def _adam_loop(V, mean, square, sig, power, grad, scale, pressure, pull, push, rate, root, first, last):
+    "Adam's step of the logits `V`; `power`: of the distance from the middle."
+    for i in range(first, last):
+        for j in range(sig.shape[2]):
+            s = sig[0, i, j]
+            h = min(max(SPAN * s + LOW, ZERO), ONE)
+            g = pull * scale[0, i, j] * grad[0, i, j] - push * pressure[0, i, j] * power[0, i, j] * (h - HALF)
+            g = SPAN * s * (ONE - s) * g if h * (ONE - h) > ZERO else ZERO
+            m = KEPT * mean[0, i, j] + (ONE - KEPT) * g
+            v = KEPT_SQUARE * square[0, i, j] + (ONE - KEPT_SQUARE) * g * g
+            mean[0, i, j], square[0, i, j] = m, v
+            V[0, i, j] -= rate * m / (np.sqrt(v) * root + EPS)
+
+# %% ../../nbs/rounding/14_adaround.ipynb #14fuse04
+class CompiledRelaxation(Relaxation):
+    "The same in two compiled loops, in single precision on a CPU."
+
+    def __init__(self, W, start, grid, pull, pressure, lr):
+        super().__init__(W, start, grid, pull, pressure, lr)
+        array = lambda t: t.expand(W.shape).contiguous().view(1, -1, W.shape[-1])
+        self.round_logit, self.lr, self.steps = self.round_logit.contiguous(), lr, 0
+        self.sig, self.dW, self.apart = (array(torch.empty_like(W)) for _ in range(3))
+        self.fixed = [array(t).numpy() for t in (self.offset, self.scale, pressure)]
+        self.moving = [array(self.round_logit), *(array(torch.zeros_like(W)) for _ in range(2))]
+
+    def error(self):
+        offset, scale, _ = self.fixed
+        torch.sigmoid(self.moving[0], out=self.sig)
+        in_threads(_place_loop, self.sig, offset, scale, self.dW, self.apart)
+        return self.dW.view(self.base.shape)
+
+    def step(self, grad, beta):
+        self.steps += 1
+        push, power = 0.0, self.apart
+        if beta is not None:
+            push, power = beta * 2**beta, power.log_().mul_(max(beta - 2, 1e-12)).exp_()
+        first, second = (1 - decay**self.steps for decay in DECAY)
+        numbers = map(np.float32, (self.pull, push, self.lr / first, second**-0.5))
+        arrays = *self.moving, self.sig, power, grad.reshape(self.sig.shape), *self.fixed[1:]
+        in_threads(_adam_loop, *arrays, *numbers)
 
 # %% ../../nbs/rounding/14_adaround.ipynb #fd958861
 @torch.no_grad()
 def adaround(
     W: Float[Tensor, "*heads out inp"],  # the weights to approximate
     grid: Grid,
-    loss: Callable[[Float[Tensor, "*heads out inp"]], Float[Tensor, ""]],  # of dW, never negative; has a `curvature`?
+    loss: Callable[[Float[Tensor, "*heads out inp"]], Float[Tensor, ""]],  # of dW, never negative
     start: Float[Tensor, "*heads out inp"] | None = None,  # where the rounding starts (None: W)
     iterations: int = 2000,
     lr: float = 0.015,  # of Adam
@@ -115,7 +211,8 @@ def adaround(
     on_step: Callable[[int, float], None] | None = None,  # called with (iteration, relaxed loss)
 ) -> Float[Tensor, "*heads out inp"]:  # codes
     """Codes found by learning each rounding with Adam; never worse than `grid.codes(start)`. The penalty of a weight is
-    counted in `loss.curvature`, what a squared error in it costs (`[*heads #out inp]`), if the loss has that.
+    counted in `loss.curvature`, what a squared error in it costs (`[*heads #out inp]`), if the loss has that; its
+    gradient is `loss.gradient(dW)`, if it has that.
     Source: aespa, learned rounding. Raises `AespaError` on bad options, `NumericalError` on what is not finite."""
     start = W if start is None else start
     if start.shape != W.shape:
@@ -134,22 +231,16 @@ def adaround(
     nearest, first = grid.codes(W), grid.codes(start)
     if not (at_nearest := value(nearest)):
         return nearest
-    at_first, (scale, zero), (base, round_logit) = value(first), grid.expand(W.shape[-1]), relaxed_start(start, grid)
-    offset, slope = scale * (base - zero) - W, scale * (W.numel() * loss_scale / at_nearest)
+    at_first, scale = value(first), grid.expand(W.shape[-1])[0]
     steep = scale.square() * loss.curvature if hasattr(loss, "curvature") else torch.ones_like(W)
-    pressure = steep / steep.mean()
-    adam = torch.optim.Adam([round_logit], lr=lr, fused=True)
+    fast = numba is not None and W.device.type == "cpu" and W.dtype == torch.float32
+    learn = CompiledRelaxation if fast else Relaxation
+    halfway = learn(W, start, grid, W.numel() * loss_scale / at_nearest, steep / steep.mean(), lr)
+    gradient = getattr(loss, "gradient", partial(loss_gradient, loss))
     for i in range(iterations):
-        sig = torch.sigmoid(round_logit)
-        h = sig.mul(STRETCH[1] - STRETCH[0]).add_(STRETCH[0]).clamp_(0, 1)
-        relaxed, grad = loss_gradient(loss, torch.addcmul(offset, scale, h))
-        grad = grad * slope
-        beta = beta_schedule(i / iterations)
-        if beta is not None:
-            grad.add_(penalty_gradient(h, beta).mul_(pressure))
-        round_logit.grad = logit_gradient(grad, sig, h)
-        adam.step()
+        dW = halfway.error()
         if on_step:
-            on_step(i, relaxed.item())
-    learned = base + (round_logit >= 0)
+            on_step(i, float(loss(dW)))
+        halfway.step(gradient(dW), beta_schedule(i / iterations))
+    learned = halfway.codes()
     return learned if value(learned) <= at_first else first
