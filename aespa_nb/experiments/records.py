@@ -20,7 +20,7 @@ from ..quantize.journal import write_json
 
 # %% ../../nbs/experiments/79_records.ipynb #5af359ed
 NUMERICS = 1  # raised by whoever changes the codes or scores that a run ends with
-BY_SOLVER = {"adaround": 1, "gptq+adaround": 1, "descent": 3}  # the same, added for runs of a solver
+BY_SOLVER = {"adaround": 2, "gptq+adaround": 2, "descent": 3}  # the same, added for runs of a solver
 
 
 def numerics(config: dict) -> int:
