@@ -1,6 +1,6 @@
 """SmolLM2 rounded as a whole: scores, CPU seconds and what the model answers, to nbs/runs/smollm2.json.
 
-Minutes to an hour a run on one core; learned presets take fewer steps than they do by default, and their rows say so.
+Two to twenty minutes a run on one core.
 `aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first (make smollm2).
 """
 
@@ -9,7 +9,6 @@ from common import resume, rounded, windows_of
 
 FORMATS = dict(g64=(2, 64), row=(3, None))  # bits, inputs that share a scale
 PRESETS = dict(g64="gptq best", row="rtn gptq adaround aespa best")
-FEWER = dict(adaround=dict(iterations=200), aespa=dict(iterations=200))
 PROMPTS = "What is the capital of France?", "What is a file system?", "Give me a rhyme about rain."
 TEXT = "handbook", 32, 512, 12  # calibration windows, their tokens, windows that measure
 
@@ -33,11 +32,10 @@ def measure(job):
         scores = dict(kl=0.0, perplexity=evaluate_model(full.model, full.heldout).perplexity, top1=1.0, cpu_seconds=0.0)
         return dict(text=text, **scores, answers=answers(full.model, full.tokenizer))
     bits, size = FORMATS[job["format"]]
-    changes = FEWER.get(job["preset"], {})
-    config = AespaConfig.preset(job["preset"], bits, group_size=size, seed=job["seed"], **changes)
+    config = AespaConfig.preset(job["preset"], bits, group_size=size, seed=job["seed"])
     model, report, row = rounded(full, config)
     cost = dict(seconds=report.seconds, peak_MiB=report.peak_bytes / 2**20, bits_per_weight=report.bits_per_weight)
-    said = dict(answers=answers(model, full.tokenizer), notes=report.notes, changes=changes)
+    said = dict(answers=answers(model, full.tokenizer), notes=report.notes)
     return dict(text=text) | row | cost | said
 
 

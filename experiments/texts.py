@@ -13,7 +13,7 @@ from aespa_nb.export.folding import snap_model
 from common import RUNS, WINDOWS, stale, stamp, write_record
 
 PRESETS = ("rtn", "gptq", "adaround", "aespa", "best")
-BITS, SAMPLES, ITERATIONS = 2, 128, 500  # as the demo
+BITS, SAMPLES, ITERATIONS = 2, 64, 500  # as the demo
 PROMPTS, PROMPT_TOKENS = 12, 48
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
 

@@ -45,7 +45,7 @@ model/43_stream | 200 | 40 x 5
 model/48_block_tuning | 85 1.0001 960 1000 | product of the shares; an example; 24 x 40; cited there
 model/49_end_to_end | 1,600 | 16 x 100
 quantize/60_config | 0.06 0.2 1.5 | 30 / 500; the default of fit_grid; the paper's
-quantize/65_model | 500 128 | the preset's steps; the demo's windows
+quantize/65_model | 500 | the preset's steps
 quantize/68_end_loss | 8192 | an example
 reference/97_families | 2.3 288 | a version; the tokens of experiments/families.py
 reference/98_faults | 400 | experiments/torture.py
