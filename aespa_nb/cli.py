@@ -389,7 +389,9 @@ def demo(
     hidden = True if quiet else None  # shown in a terminal
     with complete_folder(out) as folder, tqdm(total=sum(work), bar_format=form, smoothing=0, disable=hidden) as bar:
         rows = [results.score_row("full", model, evaluate_model(model, heldout, **shown))]
-        bar.write(results.results_table(rows))
+        show = lambda lines: (bar.write("\n".join(lines)), sys.stdout.flush())
+        table = lambda rows: results.results_table(rows, max(map(len, presets))).splitlines()
+        show(table(rows))
         for name, config, cost in zip(names, configs, work):
             bar.set_description_str("{}, {} bits".format(*name))
             rounded = copy.deepcopy(model)
@@ -397,7 +399,7 @@ def demo(
             snap_model(rounded, report, dtype)  # what is measured has the precision of the file
             scores = evaluate_model(rounded, heldout, model, **shown)
             rows.append(results.score_row(name[0], rounded, scores, report))
-            bar.write(results.results_table(rows[-1:]).splitlines()[-1])
+            show(table(rows[-1:])[1:])
             bar.update(cost)
             if name == kept:
                 save(folder / "checkpoint", rounded, report, storage, tokenizer, text.facts(source), dtype)

@@ -38,10 +38,11 @@ def option(kind: type, panel: str, text: str, *names: str, **more):
 def set_up(device: str | None) -> None:
     "What precedes every command. Raises `AespaError` for a device that can't compute here."
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # products have the same bits on any number of threads
-    import psutil  # comes with accelerate
+    import psutil
 
-    if psutil.cpu_percent(0.2) > 25:  # beside other work, waiting threads that spin cost more than those that sleep
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    busy = "OMP_WAIT_POLICY" not in os.environ and psutil.cpu_percent(0.2) > 25
+    if busy:  # beside other work, waiting threads that spin cost more than those that sleep
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     import matplotlib
     import torch
     from transformers.utils import logging

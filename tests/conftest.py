@@ -13,7 +13,7 @@ NAMES = "chromium-headless-shell", "chromium", "chromium-browser", "google-chrom
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the tests' tensors are small
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line beside other work
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before the first product, as the command line does
 os.environ.setdefault("MPLBACKEND", "agg")
 

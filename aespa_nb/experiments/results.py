@@ -42,9 +42,9 @@ def score_row(name: str, model: PreTrainedModel, scores: Scores, report: QuantRe
     return dict(method=name, bits=report.config.bits, **scores._asdict(), **measured, **memory)
 
 # %% ../../nbs/experiments/84_results.ipynb #ae09141c
-def results_table(rows: list[dict]) -> str:
-    "The rows as lines of text; MB is what the packed model takes."
-    forms = dict(method="{:>8}", bits="{}", perplexity="{:.2f}", kl="{:.4f}", top1="{:6.1%}")
+def results_table(rows: list[dict], width: int = 0) -> str:
+    "The rows as lines of text, the names at least `width` wide; MB is what the packed model takes."
+    forms = dict(method=f"{{:>{width}}}", bits="{}", perplexity="{:.2f}", kl="{:.4f}", top1="{:6.1%}")
     forms |= dict(seconds="{:.0f}", megabytes="{:.1f}")
     frame = pd.DataFrame([{key: form.format(r[key]) for key, form in forms.items()} for r in rows])
     return frame.rename(columns=dict(kl="KL", top1="top-1", megabytes="MB packed")).to_string(index=False)

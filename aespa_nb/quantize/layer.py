@@ -39,9 +39,9 @@ class RoundedLayer(RoundedWeight):
     seconds: float = 0.0
 
 # %% ../../nbs/quantize/61_layer.ipynb #61b859be
-def _parts(U, loss) -> list[slice]:
-    "One, two or four parts of `U` that don't interact: heads, or rows when `G` is the identity."
-    n = min(4, len(U), 1 << max(0, U.numel().bit_length() - 17)) if U.ndim == 3 or loss.G is None else 1
+def _parts(U, loss, n: int) -> list[slice]:
+    "`U` in `n` parts that don't interact, heads or, when `G` is the identity, rows; four at most, and as few as one."
+    n = max(1, min(4, len(U), n)) if U.ndim == 3 or loss.G is None else 1
     return [slice(len(U) * i // n, len(U) * (i + 1) // n) for i in range(n)]
 
 
@@ -54,17 +54,14 @@ def _cut(x, part: slice):
     return x[part]
 
 
-def _each_part(solve, U, loss, *others) -> list:
-    "`solve(U, loss, *others)` for each part; on a CPU those of a small weight side by side, a thread each."
-    parts = [[_cut(x, part) for x in (U, loss, *others)] for part in _parts(U, loss)]
-    if U.device.type != "cpu" or U.numel() > 2 ** (20 if len(parts) > 1 else 17):
+def _each_part(solve, n: int, U, loss, *others) -> list:
+    "`solve(U, loss, *others)` for each of `n` parts; on a CPU two of a small weight side by side, a thread each."
+    parts = [[_cut(x, part) for x in (U, loss, *others)] for part in _parts(U, loss, n)]
+    memory = 8 * (12 * U.numel() // len(parts) + loss.H.numel())  # of two at once: a dozen arrays, and a copy of H
+    if min(torch.get_num_threads(), len(parts)) == 1 or U.device.type != "cpu" or memory > 2**24:
         return [solve(*part) for part in parts]
-    beside = min(torch.get_num_threads(), len(parts))
-    with one_thread():
-        if beside == 1:
-            return [solve(*part) for part in parts]
-        with ThreadPoolExecutor(beside, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(lambda part: solve(*part), parts))
+    with one_thread(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(lambda part: solve(*part), parts))
 
 # %% ../../nbs/quantize/61_layer.ipynb #c14codes
 def choose_grid(U: Float[Tensor, "*heads out inp"], H: Float[Tensor, "*heads inp inp"], config: AespaConfig) -> Grid:
@@ -95,7 +92,7 @@ def solve_adaround(U, grid, loss, config, start=None):
     options = dict(iterations=config.iterations, lr=lr, loss_scale=config.loss_scale)
     learn = lambda U, loss, grid, start: adaround(U, grid, loss, start, **options)
     with phase("adam"):
-        return torch.cat(_each_part(learn, U, loss, grid, start)), grid
+        return torch.cat(_each_part(learn, 1 << max(0, U.numel().bit_length() - 17), U, loss, grid, start)), grid
 
 
 def solve_gptq_adaround(U, grid, loss, config):
@@ -111,7 +108,7 @@ def solve_descent(U, grid, loss, config):
         start = gptq(U, loss.H, grid).codes.byte()
     with phase("descent"):
         lower = lambda U, loss, grid, start: descend(U, grid, loss.H, loss.G, start)
-        found = _each_part(lower, U, loss, grid, start)
+        found = _each_part(lower, U.numel() >> 16, U, loss, grid, start)
     scale = torch.cat([r.grid.scale for r in found])
     return torch.cat([r.codes for r in found]), replace(grid, scale=scale)
 

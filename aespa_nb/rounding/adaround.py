@@ -172,7 +172,7 @@ def _adam_loop(V, mean, square, sig, power, grad, scale, pressure, pull, push, r
 
 # %% ../../nbs/rounding/14_adaround.ipynb #14fuse04
 class CompiledRelaxation(Relaxation):
-    "The same in two compiled loops, in single precision on a CPU."
+    "The same in two compiled loops, in single precision on a CPU. `error()` holds until the next; one `step` for each."
 
     def __init__(self, W, start, grid, pull, pressure, lr):
         super().__init__(W, start, grid, pull, pressure, lr)
@@ -194,7 +194,8 @@ class CompiledRelaxation(Relaxation):
         if beta is not None:
             push, power = beta * 2**beta, power.log_().mul_(max(beta - 2, 1e-12)).exp_()
         first, second = (1 - decay**self.steps for decay in DECAY)
-        numbers = map(np.float32, (self.pull, push, self.lr / first, second**-0.5))
+        pull = min(self.pull, float(np.finfo(np.float32).max))
+        numbers = map(np.float32, (pull, push, self.lr / first, second**-0.5))
         arrays = *self.moving, self.sig, power, grad.reshape(self.sig.shape), *self.fixed[1:]
         in_threads(_adam_loop, *arrays, *numbers)
 
