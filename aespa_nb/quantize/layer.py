@@ -59,7 +59,8 @@ def _each_part(solve, n: int, U, loss, *others) -> list:
     parts = [[_cut(x, part) for x in (U, loss, *others)] for part in _parts(U, loss, n)]
     memory = 8 * (12 * U.numel() // len(parts) + loss.H.numel())  # of two at once: a dozen arrays, and a copy of H
     if min(torch.get_num_threads(), len(parts)) == 1 or U.device.type != "cpu" or memory > 2**24:
-        return [solve(*part) for part in parts]
+        with one_thread() if U.numel() <= 2**17 else contextlib.nullcontext():  # too small to share
+            return [solve(*part) for part in parts]
     with one_thread(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(lambda part: solve(*part), parts))
 
@@ -69,7 +70,7 @@ def choose_grid(U: Float[Tensor, "*heads out inp"], H: Float[Tensor, "*heads inp
     options = config.bits, config.group_size, config.symmetric
     if config.grid == "minmax":
         return minmax_grid(U, *options)
-    with one_thread() if U.numel() <= 2**18 else contextlib.nullcontext():  # steps that are too small to share
+    with one_thread() if U.numel() <= 2**18 else contextlib.nullcontext():  # its steps are too small to share
         if config.grid == "compensated":
             return fit_compensated(U, H, *options)
         return fit_grid(U, H, *options, n_clip=20 if config.solver == "descent" else 50)
