@@ -132,7 +132,7 @@ PRESETS_TEXT = (
     "by others: awq, omniquant, affinequant, turboboa, brecq, signround"
 )
 PRICES = (  # of `nbs/runs/compare-reference`, 2 bits
-    "The bundled model takes gptq 11 s and 18 MiB on one thread, gptaq 22 s and 20 MiB, aespa 104 s and 19 MiB, "
+    "The bundled model takes gptq 11 s and 18 MiB on one thread, gptaq 22 s and 20 MiB, aespa 45 s and 14 MiB, "
     "best 55 s and 29 MiB, max 207 s and 48 MiB; aespa_nb plan tells it for yours"
 )
 SET = "Any other field of the configuration (`Recipe`), e.g. end_to_end=100; or a .json file with several."

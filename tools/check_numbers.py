@@ -30,7 +30,7 @@ experiments/80_comparison | 135 256 | the model's name; the bundled windows
 experiments/81_cost | 154 | 17 + 137, in the sentence before
 rounding/16_descent | 0.6 | nbs/runs/campaign.json: `best` with three starts over `best`
 experiments/82_ablations | 39.1 192 | experiments/train_reference.py --kind opt: what it printed, and its width
-experiments/85_questions | 135 | sizes of models
+experiments/85_questions | 5.8 135 | sizes of models
 export/72_formats | 0.20 | a version
 export/73_checkpoint | 3.3 11.5 0.29 | the front page's table
 export/73_checkpoint | 256 4096 2.3 7.7 0.02 | widths; 2 + 18 / 64; a version; by hand, as it says

@@ -78,25 +78,6 @@ def test_derivatives_by_hand_are_those_of_autograd(seed, beta):
     assert_close(logit_gradient(pull + penalty_gradient(h, beta), torch.sigmoid(V.detach()), h), expected)
 
 
-@pytest.mark.skipif(numba is None, reason="needs numba")
-@pytest.mark.parametrize("heads", [1, 3])
-def test_the_compiled_form_takes_the_same_steps(heads):
-    "Of a loss that knows its gradient, from weights that are clipped, too."
-    W, H = draw(1, heads, 40, 24).float(), torch.stack([damp(gram(t, 24, 48)) for t in range(heads)]).float()
-    G = torch.stack([damp(gram(9 + t, 40, 48)) for t in range(heads)]).float()
-    loss, grid = KroneckerLoss(H, G), minmax_grid(W * 0.7, 2)
-    pressure = grid.expand(24)[0].square() * loss.curvature
-    forms = [form(W, W, grid, 3.0, pressure / pressure.mean(), 0.06) for form in (Relaxation, CompiledRelaxation)]
-    for i in range(200):
-        assert_close(forms[1].error(), forms[0].error(), rtol=0, atol=2e-3)
-        for form in forms:
-            form.step(loss.gradient(form.error()), beta_schedule(i / 200))
-    apart = (forms[0].codes() != forms[1].codes()).double().mean()
-    assert apart < 0.01 and (forms[0].codes() != grid.codes(W)).any()
-    learned = adaround(W, grid, loss, iterations=200, lr=0.06)
-    assert loss(grid.values(learned) - W) < loss(grid.round(W) - W)
-
-
 def test_schedule():
     betas = [beta_schedule(i / 100, 0.25) for i in range(101)]
     assert betas[:25] == [None] * 25 and betas[25] == 20 and betas[-1] == 2
@@ -143,6 +124,25 @@ def test_equals_the_autograd_form(seed, loss_scale, curved):
     measure = lambda codes: loss(grid.values(codes) - W)  # noqa: E731
     expected = slow if measure(slow) <= measure(grid.codes(W)) else grid.codes(W)
     assert torch.equal(fast, expected)
+
+
+@pytest.mark.skipif(numba is None, reason="needs numba")
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_compiled_form_takes_the_same_steps(heads):
+    "Of a loss that knows its gradient, from weights that are clipped, too."
+    W, H = draw(1, heads, 40, 24).float(), torch.stack([damp(gram(t, 24, 48)) for t in range(heads)]).float()
+    G = torch.stack([damp(gram(9 + t, 40, 48)) for t in range(heads)]).float()
+    loss, grid = KroneckerLoss(H, G), minmax_grid(W * 0.7, 2)
+    pressure = grid.expand(24)[0].square() * loss.curvature
+    forms = [form(W, W, grid, 3.0, pressure / pressure.mean(), 0.06) for form in (Relaxation, CompiledRelaxation)]
+    for i in range(200):
+        assert_close(forms[1].error(), forms[0].error(), rtol=0, atol=2e-3)
+        for form in forms:
+            form.step(loss.gradient(form.error()), beta_schedule(i / 200))
+    apart = (forms[0].codes() != forms[1].codes()).double().mean()
+    assert apart < 0.01 and (forms[0].codes() != grid.codes(W)).any()
+    learned = adaround(W, grid, loss, iterations=200, lr=0.06)
+    assert loss(grid.values(learned) - W) < loss(grid.round(W) - W)
 
 
 @settings(quick, max_examples=10)
