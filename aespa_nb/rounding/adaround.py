@@ -140,12 +140,12 @@ class Relaxation:
         "Each weight at the nearer of its two codes."
         return self.base + (self.round_logit >= 0)
 
-# %% ../../nbs/rounding/14_adaround.ipynb #14fuse03
+# %% ../../nbs/rounding/14_adaround.ipynb #14fuse2c
 DECAY = (0.9, 0.999)  # of Adam's two means: of the gradient, of its square
 LOW, SPAN, KEPT, KEPT_SQUARE = map(np.float32, (STRETCH[0], STRETCH[1] - STRETCH[0], *DECAY))
 ZERO, HALF, ONE, EPS = map(np.float32, (0, 0.5, 1, 1e-8))
 
-
+# %% ../../nbs/rounding/14_adaround.ipynb #14fuse03
 @compiled
 def _place_loop(sig, offset, scale, dW, apart, first, last):
     "Writes `W_hat - W`, and how far each `h` is from the middle."
