@@ -54,12 +54,17 @@ def _cut(x, part: slice):
     return x[part]
 
 
+def _threads_for(U, limit: int):
+    "A context with one thread where the steps on `U` are too small to share."
+    return one_thread() if U.numel() <= limit else contextlib.nullcontext()
+
+
 def _each_part(solve, n: int, U, loss, *others) -> list:
     "`solve(U, loss, *others)` for each of `n` parts; on a CPU two of a small weight side by side, a thread each."
     parts = [[_cut(x, part) for x in (U, loss, *others)] for part in _parts(U, loss, n)]
     memory = 8 * (12 * U.numel() // len(parts) + loss.H.numel())  # of two at once: a dozen arrays, and a copy of H
     if min(torch.get_num_threads(), len(parts)) == 1 or U.device.type != "cpu" or memory > 2**24:
-        with one_thread() if U.numel() <= 2**17 else contextlib.nullcontext():  # too small to share
+        with _threads_for(U, 2**17):
             return [solve(*part) for part in parts]
     with one_thread(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(lambda part: solve(*part), parts))
@@ -70,7 +75,7 @@ def choose_grid(U: Float[Tensor, "*heads out inp"], H: Float[Tensor, "*heads inp
     options = config.bits, config.group_size, config.symmetric
     if config.grid == "minmax":
         return minmax_grid(U, *options)
-    with one_thread() if U.numel() <= 2**18 else contextlib.nullcontext():  # its steps are too small to share
+    with _threads_for(U, 2**18):
         if config.grid == "compensated":
             return fit_compensated(U, H, *options)
         return fit_grid(U, H, *options, n_clip=20 if config.solver == "descent" else 50)
@@ -92,8 +97,9 @@ def solve_adaround(U, grid, loss, config, start=None):
     lr, start = config.lr or 30 / config.iterations, U if start is None else start
     options = dict(iterations=config.iterations, lr=lr, loss_scale=config.loss_scale)
     learn = lambda U, loss, grid, start: adaround(U, grid, loss, start, **options)
+    n = 1 << max(0, U.numel().bit_length() - 17)  # 1, 2 or 4: equal shares for two threads
     with phase("adam"):
-        return torch.cat(_each_part(learn, 1 << max(0, U.numel().bit_length() - 17), U, loss, grid, start)), grid
+        return torch.cat(_each_part(learn, n, U, loss, grid, start)), grid
 
 
 def solve_gptq_adaround(U, grid, loss, config):
