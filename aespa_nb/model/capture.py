@@ -98,7 +98,7 @@ def _attention(module, query, key, value, attention_mask=None, scaling=None, sof
     A = Probabilities(Q, K, scaling, mask, softcap, s_aux)
     _tell(module, Q, K, V, A)
     if softcap is None and s_aux is None:
-        with torch._C.DisableTorchFunction():  # nobody watches this one
+        with torch._C.DisableTorchFunction():  # a `Watch` would report the call a second time
             grouped = query.shape[1] != key.shape[1]
             out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
     else:
@@ -115,7 +115,7 @@ AttentionMaskInterface.register(NAME, eager_mask)
 def capturing(model: PreTrainedModel) -> Iterator[None]:
     "Within this context `model` computes attention so that `capture_attention` can see it, and experts one by one."
     before = model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)
-    use_attention(model, NAME, before[1] and "eager")
+    use_attention(model, NAME, "eager" if before[1] else None)
     try:
         yield
     finally:

@@ -78,7 +78,7 @@ def check_sizes(
         known = hasattr(auto, "from_config")
         model = auto.from_config(config, trust_remote_code=trust_remote_code) if known else auto._from_config(config)
     declared = sum(t.numel() for t in itertools.chain(model.parameters(), model.buffers()))
-    if declared > 8 * size + 2**26:
+    if declared > 8 * size + 2**26:  # buffers, such as tables of positions, need not be stored
         raise AespaError(f"{folder} could not be loaded: config.json asks for {declared} weights, in {size} bytes")
 
 # %% ../../nbs/model/47_checkpoint.ipynb #4ec1076a

@@ -110,7 +110,7 @@ def in_new_file(shape: tuple[int, ...], dtype: torch.dtype) -> Shaped[Tensor, "*
 
 
 def to_file(t: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    "A copy of `t` in a nameless file, not in memory. Raises as `in_new_file`."
+    "A copy of `t` in a nameless file, not in memory; `t` itself if it is empty. Raises as `in_new_file`."
     if not t.numel():
         return t
     mapped = in_new_file(t.shape, t.dtype)
@@ -121,8 +121,8 @@ def to_file(t: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
 # %% ../../nbs/model/41_memory.ipynb #0a2963fa
 def trim_memory() -> None:
     "Returns the allocator's free memory to the system, where it can (glibc)."
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -47,13 +47,13 @@ def survey(
     def run_itself():
         "With attention of the model's own or, if it has none, torch's."
         try:
-            use_attention(model, "eager", None)
+            use_attention(model, "eager")
             return run()
-        except KeyError:
-            use_attention(model, "sdpa", None)
+        except KeyError:  # no attention of its own
+            use_attention(model, "sdpa")
             return run()
         finally:
-            use_attention(model, before, None)
+            use_attention(model, before)
 
     def attempt(run):
         try:
@@ -63,7 +63,7 @@ def survey(
             raise UnsupportedModelError(f"{kind} fails by itself in {hidden.dtype}: {reason}") from e
 
     def look():
-        attempt(run)
+        attempt(run)  # what fails here is not the map's fault
         found = map_block(block, run, hidden.shape[1])
         if any(a.registered for a in found.attentions):
             ours, theirs = run(), attempt(run_itself)
@@ -264,7 +264,7 @@ def _end_of(found: BlockMap, heads: list[str], calls) -> str | None:
         return None
     numbers = [i for i, name in enumerate(found.order) if name == ""]
     last = max([numbers[i] for i in calls] + [found.order.index(head) for head in heads if head in found.order])
-    after = [n for n in found.order[last + (found.order[last] == "") :] if n and n not in found.routed]
+    after = [n for n in found.order[last:] if n and n not in found.routed]  # what a linear reads is read before it runs
     return after[0] if after else None
 
 # %% ../../nbs/model/46_statistics.ipynb #49832ff2

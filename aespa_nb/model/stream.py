@@ -100,6 +100,8 @@ def _calls(model, blocks, inputs) -> list[dict]:
 # %% ../../nbs/model/43_stream.ipynb #f3afac62
 def _same(a, b) -> bool:
     "Whether two arguments are equal; what holds no tensor is."
+    if isinstance(a, Mapping):
+        a, b = list(a.values()), list(b.values())
     if isinstance(a, (tuple, list)):
         return all(map(_same, a, b))
     return not isinstance(a, Tensor) or torch.equal(a, b)
@@ -138,6 +140,9 @@ class BlockStream:
             calls = _calls(model, blocks, part(0, 1))
             pairs = list(zip(calls, _calls(model, blocks, part(1, 2)))) if total > 1 else []
             own = {k: [] for a, b in pairs for k in a if not _same(a[k], b[k])}
+            for key in own:
+                if not isinstance(calls[0].get(key), Tensor):
+                    raise _unsupported(model, f"gives each sequence {key} of its own (positions that differ, perhaps)")
             for at in range(mine.start, mine.stop, batch_size):
                 size = min(batch_size, mine.stop - at)
                 hidden, [(args, kwargs)] = _catch(model, blocks, part(at, at + size))

@@ -65,6 +65,8 @@ class Team:
                     elif isinstance(value, int):
                         dist.all_reduce(count := torch.tensor(value))
                         setattr(s, name, count.item())
+                    elif value is not None:
+                        raise TypeError(f"{type(s).__name__}.{name} is a {type(value).__name__}: no sum")
                 done.add(id(s))
 
     def broadcast(self, value=None, source: int = 0):
