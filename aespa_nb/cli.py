@@ -29,13 +29,13 @@ from .options import spelled_out, told, window_length
 # %% ../nbs/guides/90_cli.ipynb #24a67b43
 def save(folder: Path, model, report, storage: Storage, *more) -> str:
     "Writes a checkpoint in the format that was asked for, or as dense if that cannot hold it; says what was packed."
-    from aespa_nb.export.checkpoint import write_checkpoint
+    from aespa_nb.export.checkpoint import export_model
 
     try:
-        done = write_checkpoint(folder, model, report, storage.form, *more, storage.embeddings)
+        done = export_model(model, report, folder, storage.form, *more, storage.embeddings)
     except AespaError as e:
+        done = export_model(model, report, folder, "dense", *more)
         print(f"aespa_nb: {e}; written as dense", file=sys.stderr)
-        done = write_checkpoint(folder, model, report, "dense", *more)
     return size_text(done)
 
 

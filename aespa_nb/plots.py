@@ -58,8 +58,7 @@ def plot_layers(report: "QuantReport") -> Figure:
     found = {}
     for name, r in report.layers.items():
         block = re.match(r".*?\.\d+(?=\.)|", name)[0]  # up to the first number: the stack, and the place in it
-        ratio = r.loss / r.loss_rtn if r.loss_rtn else 1.0
-        found.setdefault((block, name.rpartition(".")[2]), []).append(ratio)
+        found.setdefault((block, name.rpartition(".")[2]), []).append(r.ratio)
     blocks, names = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
     ratios = [[mean(found.get((b, n), [nan])) for n in names] for b in blocks]
     one_stack = len({b.rpartition(".")[0] for b in blocks}) == 1

@@ -38,6 +38,11 @@ class RoundedLayer(RoundedWeight):
     loss: float = 0.0  # its loss now
     seconds: float = 0.0
 
+    @property
+    def ratio(self) -> float:
+        "What is left of the loss of round-to-nearest; 1 where that is 0."
+        return self.loss / self.loss_rtn if self.loss_rtn else 1.0
+
 # %% ../../nbs/quantize/61_layer.ipynb #61b859be
 def _parts(U, loss, n: int) -> list[slice]:
     "`U` in `n` parts that don't interact, heads or, when `G` is the identity, rows; four at most, and as few as one."
@@ -71,7 +76,7 @@ def _each_part(solve, n: int, U, loss, *others) -> list:
 
 # %% ../../nbs/quantize/61_layer.ipynb #c14codes
 def choose_grid(U: Float[Tensor, "*heads out inp"], H: Float[Tensor, "*heads inp inp"], config: AespaConfig) -> Grid:
-    "The grid of the recipe's kind; a coarse search where the solver refits the scales."
+    "The grid of the recipe's kind; under `hessian` a coarse search where the solver refits the scales."
     options = config.bits, config.group_size, config.symmetric
     if config.grid == "minmax":
         return minmax_grid(U, *options)

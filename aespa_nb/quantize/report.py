@@ -77,8 +77,7 @@ class QuantReport:
     def rows(self) -> list[dict]:
         "One dictionary of plain numbers for each layer, for tables and JSON."
         return [
-            dict(layer=name, bits=r.grid.bits, loss_rtn=r.loss_rtn, loss=r.loss, seconds=r.seconds)
-            | dict(ratio=r.loss / r.loss_rtn if r.loss_rtn else 1.0)
+            dict(layer=name, bits=r.grid.bits, loss_rtn=r.loss_rtn, loss=r.loss, seconds=r.seconds, ratio=r.ratio)
             for name, r in self.layers.items()
         ]
 
