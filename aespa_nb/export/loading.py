@@ -6,7 +6,6 @@
 __all__ = ['load_model']
 
 # %% ../../nbs/export/74_loading.ipynb #47828733
-import re
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.fetch import MODELS, load_gguf, need_fetched
 from ..data.text import load_reference
 from .checkpoint import read_quantized
-from ..model.checkpoint import load_checkpoint, load_tokenizer
+from ..model.checkpoint import load_checkpoint, load_tokenizer, read_json
 
 # %% ../../nbs/export/74_loading.ipynb #6df50df2
 def load_model(
@@ -33,10 +32,9 @@ def load_model(
     if folder.suffix == ".gguf":
         model, tokenizer = load_gguf(folder)
         return model.to(dtype or model.dtype), tokenizer
-    config = folder / "config.json"
-    ours = (folder / "quantization.json").is_file() and config.is_file() and config.stat().st_size < 2**24
-    told = config.read_text(errors="replace") if ours else ""
-    if ours and ((folder / "model.gguf").exists() or re.search(r'"quant_method": "(gptq|awq)"', told)):
+    ours = folder / "quantization.json"
+    told = read_json(ours).get("export") if ours.is_file() else None
+    if isinstance(told, dict) and told.get("format") in ("gptq", "awq", "gguf"):
         model = read_quantized(folder, trust_remote_code).model
         return model.to(dtype or model.dtype), load_tokenizer(folder, trust_remote_code)
     return load_checkpoint(str(source), dtype, trust_remote_code)

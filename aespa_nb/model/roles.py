@@ -115,6 +115,7 @@ class BlockMap:
     feeds: dict[str, str]  # linear before an elementwise activation -> linear that reads what comes out
     order: tuple[str, ...]  # linears, and "" for attention, as they ran
     watched: bool  # whether a `Watch` is needed to capture everything
+    bytes: int  # of what its linears read and write for one sequence, and of attention's probabilities
 
     @property
     def group_of(self) -> dict[str, tuple[str, ...]]:
@@ -156,7 +157,7 @@ class _Trace:
     def __init__(self, block: nn.Module):
         self.block, self.ran, self.order, self.attentions = block, [], [], []
         self.outputs = {}  # the heads' outputs, stacked, of the attention calls that no linear has read yet
-        self.reads, self.makers, self.readers = [], {}, {}
+        self.reads, self.makers, self.readers, self.probabilities = [], {}, {}, 0
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -204,6 +205,7 @@ class _Trace:
         roles = {role: f for role, f in found.items() if isinstance(f, Role)}
         self.attentions.append(AttentionMap(roles, None, Q.shape[1], scaling, module is not None, tuple(notes)))
         torch.set_grad_enabled(False)
+        self.probabilities += A.shape.numel() * Q.element_size()
         V = repeat_kv(V, Q.shape[1])
         out = torch.stack([attention_output(A[:, h], V[:, h]) for h in range(Q.shape[1])], 1)
         self.outputs[len(self.attentions) - 1] = merge_heads(out).mT
@@ -254,4 +256,5 @@ def map_block(
     order, routed = tuple(trace.order), frozenset(routed)
     seen = [e for e in trace.ran if e.name not in routed]
     feeds = {m.name: e.name for k, e in enumerate(seen) for m in seen[:k] if _elementwise(e.x, m.y)}
-    return BlockMap(tuple(groups), tuple(attentions), trace.readers, routed, tuple(idle), feeds, order, watched)
+    size = sum({id(t): t.nbytes for e in trace.ran for t in (e.x, e.y)}.values()) + trace.probabilities
+    return BlockMap(tuple(groups), tuple(attentions), trace.readers, routed, tuple(idle), feeds, order, watched, size)

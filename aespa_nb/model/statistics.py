@@ -22,6 +22,7 @@ from ..attention.kronecker_losses import AttentionShape, AttentionStatistics, Kr
 from ..errors import UnsupportedModelError
 from .blocks import expert_matrices, kind_of, reading_inputs, weight_of
 from .capture import Watch, capture_attention, use_attention
+from .memory import trim_memory
 from .phases import phase
 from .roles import AttentionMap, BlockMap, Role, map_block
 from .stream import BlockStream
@@ -72,7 +73,9 @@ def survey(
         return found
 
     with phase("survey"):
-        return stream.team.first(look)
+        found = stream.team.first(look)
+    trim_memory()
+    return found
 
 # %% ../../nbs/model/46_statistics.ipynb #ca5e3766
 @dataclass(frozen=True)

@@ -39,17 +39,18 @@ class BlockRun:
     "A block on its way through the recipe, and what is to be reported of it."
 
     model: PreTrainedModel  # `capturing`
-    block: nn.Module  # in `config.dtype`, on the streams' device
+    module: nn.Module  # in `config.dtype`, on the streams' device
     name: str  # in the model, such as "model.layers.3"
     config: AespaConfig
     stream: BlockStream  # what the block reads behind rounded blocks
     full: BlockStream | None = None  # what it reads at full precision
     team: Team = ALONE
     announce: Callable[[str], None] = lambda linear: None  # is told the linear that is worked on
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # of linears of the model: `output_metrics`
-    owners: dict[str, str] = field(default_factory=dict)  # of linears of the model: the first with the same weight
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # linear of the model -> its G: `output_metrics`
+    owners: dict[str, str] = field(default_factory=dict)  # linear of the model -> the first with the same weight
     notes: list[str] = field(default_factory=list)
     statistics_bytes: int = 0  # of the matrices that were held at one time, at most
+    sequence_bytes: int = 0  # of what the linears read and write, and of attention's probabilities, of one sequence
 
     def bits(self, linear: str) -> int:
         "Bits of a linear of the block; 16: it is left as it is."
@@ -61,28 +62,31 @@ class BlockRun:
         W_hat, dtype = layer.weight(), self.model.dtype
         if not W_hat.abs().amax() <= torch.finfo(dtype).max:
             raise NumericalError(f"{linear}: its grid reaches beyond {dtype}: load the model as torch.float32")
-        weight = weight_of(self.block, linear)
+        weight = weight_of(self.module, linear)
         weight[slice(None) if rows is None else rows.to(weight.device)] = W_hat.to(weight)
 
 # %% ../../nbs/quantize/63_block.ipynb #c14qblk
-def round_block(run: BlockRun) -> dict[str, RoundedLayer]:
+def round_block(block: BlockRun) -> dict[str, RoundedLayer]:
     "Rounds the linears of a block in place, each by its own loss (aespa, Algorithm 1); their records by name."
-    found = survey(run.model, run.block, run.stream)
-    run.notes += [note for attention in found.attentions for note in attention.notes]
+    found = survey(block.model, block.module, block.stream)
+    block.sequence_bytes = found.bytes
+    block.notes += [note for attention in found.attentions for note in attention.notes]
     for kind in dict.fromkeys(map(kind_of, found.idle)):
         count = sum(kind_of(name) == kind for name in found.idle)
-        run.notes.append(f"{count} not captured, left as they are: {kind}")
-    if run.config.objective != "layer" and not found.attentions:
-        run.notes.append("no attention was captured: all losses are layer-wise")
-    original = (copy.deepcopy(run.block), run.full) if run.full else None
+        block.notes.append(f"{count} not captured, left as they are: {kind}")
+    if block.config.objective != "layer" and not found.attentions:
+        block.notes.append("no attention was captured: all losses are layer-wise")
+    if block.full and not block.config.correction:
+        block.full.run(block.module, keep=True)  # for `tune_block`
+    original = (copy.deepcopy(block.module), block.full) if block.config.correction else None
     stages = stages_of(found) if original else [list(found.groups)]
-    parts, rounded = parts_of(run.block, found), {}
+    parts, rounded = parts_of(block.module, found), {}
     for stage in stages:
-        options = dict(objective=run.config.objective, dtype=run.config.dtype, groups=stage, found=found)
-        read = block_losses(run.model, run.block, run.stream, full=original, **options)
+        options = dict(objective=block.config.objective, dtype=block.config.dtype, groups=stage, found=found)
+        read = block_losses(block.model, block.module, block.stream, full=original, **options)
         if stage is stages[-1]:
             original = None  # not needed any more: its memory goes before the rounding starts
-        rounded |= round_parts(run, parts, read)
+        rounded |= round_parts(block, parts, read)
     return rounded
 
 # %% ../../nbs/quantize/63_block.ipynb #c14damp
@@ -99,12 +103,12 @@ def _damp_all(losses: dict[str, KroneckerLoss], ratio: float) -> tuple[dict[str,
     return damped, sum(M.nbytes for M in done.values())
 
 # %% ../../nbs/quantize/63_block.ipynb #c14zeta
-def _find_zetas(run: BlockRun, targets: dict[str, Tensor], losses: dict[str, KroneckerLoss]) -> dict[str, Tensor]:
+def _find_zetas(block: BlockRun, targets: dict[str, Tensor], losses: dict[str, KroneckerLoss]) -> dict[str, Tensor]:
     "`zeta` of the parts that have a free one, if the recipe wants it."
-    zetas, config = {}, run.config
-    for _, names in zeta_groups(run.model) if config.zfold else ():
+    zetas, config = {}, block.config
+    for _, names in zeta_groups(block.model) if config.zfold else ():
         if names := [n for n in names if n in losses]:
-            bits = max(run.bits(n) for n in names)
+            bits = max(block.bits(n) for n in names)
             Ws = [losses[n].split(targets[n]) for n in names]
             Hs = [losses[n].H / losses[n].H.diagonal(dim1=-2, dim2=-1).mean() for n in names]
             try:
@@ -112,68 +116,68 @@ def _find_zetas(run: BlockRun, targets: dict[str, Tensor], losses: dict[str, Kro
                     zeta, _ = zfold(Ws, Hs, bits, config.group_size, config.symmetric, rounds=2, n_clip=12)
                 zetas |= dict.fromkeys(names, zeta)
             except (NumericalError, torch.linalg.LinAlgError) as e:
-                run.notes.append(f"{', '.join(names)}: no zeta ({str(e).partition(':')[0]})")
+                block.notes.append(f"{', '.join(names)}: no zeta ({str(e).partition(':')[0]})")
     return zetas
 
 # %% ../../nbs/quantize/63_block.ipynb #c14part0
-def part_weight(block: nn.Module, part: Part, dtype: torch.dtype) -> Float[Tensor, "rows inp"]:
+def part_weight(module: nn.Module, part: Part, dtype: torch.dtype) -> Float[Tensor, "rows inp"]:
     "The part's rows of its weight."
-    weight = weight_of(block, part.linear)
+    weight = weight_of(module, part.linear)
     return (weight if part.rows is None else weight[part.rows.to(weight.device)]).to(dtype)
 
 
-def _target(run: BlockRun, part: Part, error: AccumulatedError | None) -> Float[Tensor, "rows inp"]:
+def _target(block: BlockRun, part: Part, error: AccumulatedError | None) -> Float[Tensor, "rows inp"]:
     "What the part is to approximate: its weight, or what repairs the accumulated error too where it was measured."
-    W = part_weight(run.block, part, run.config.dtype)
+    W = part_weight(block.module, part, block.config.dtype)
     if error is None:
         return W
     stream = error.stream if part.rows is None or error.stream is None else error.stream[part.rows]
-    return full_precision_target(W, error.S, run.config.correction, stream)
+    return full_precision_target(W, error.S, block.config.correction, stream)
 
 
-def _end_loss(run: BlockRun, part: Part, loss: KroneckerLoss) -> KroneckerLoss:
+def _end_loss(block: BlockRun, part: Part, loss: KroneckerLoss) -> KroneckerLoss:
     "A loss that weighs all outputs alike with the metric of the linear's outputs, if there is one."
-    G = run.metrics.get(f"{run.name}.{part.linear}")
+    G = block.metrics.get(f"{block.name}.{part.linear}")
     if G is None or loss.G is not None or loss.H.ndim == 3 or part.rows is not None:
         return loss
     return KroneckerLoss(loss.H, G.to(loss.H.device, loss.H.dtype, copy=True)[None])
 
 # %% ../../nbs/quantize/63_block.ipynb #c14parts
-def round_parts(run: BlockRun, parts: dict[str, Part], read: BlockLosses) -> dict[str, RoundedLayer]:
+def round_parts(block: BlockRun, parts: dict[str, Part], read: BlockLosses) -> dict[str, RoundedLayer]:
     "Rounds the parts that `read` has losses of, in place; the records of their linears. Losses go as they are used."
-    config, team = run.config, run.team
-    run.notes += read.notes
-    mine = {name: part for name, part in parts.items() if name in read.losses and run.bits(part.linear) != 16}
-    losses = {name: _end_loss(run, part, read.losses[name]) for name, part in mine.items()}
+    config, team = block.config, block.team
+    block.notes += read.notes
+    mine = {name: part for name, part in parts.items() if name in read.losses and block.bits(part.linear) != 16}
+    losses = {name: _end_loss(block, part, read.losses[name]) for name, part in mine.items()}
     losses, memory = _damp_all(losses, config.damping)
     with phase("target"):
-        targets = {name: _target(run, part, read.accumulated_errors.get(name)) for name, part in mine.items()}
+        targets = {name: _target(block, part, read.accumulated_errors.get(name)) for name, part in mine.items()}
     memory += sum(S.nbytes for S in {id(e.S): e.S for e in read.accumulated_errors.values()}.values())
     coupled = {name: loss.G for name, loss in losses.items() if loss.G is not None and loss.heads == 1}
     # a weight whose rows depend on each other is solved in one piece: beside a matrix like G, with some copies of it
     memory += max((G.nbytes + 5 * targets[name].nbytes for name, G in coupled.items()), default=0)
-    run.statistics_bytes = max(run.statistics_bytes, memory)
+    block.statistics_bytes = max(block.statistics_bytes, memory)
     read.losses.clear(), read.accumulated_errors.clear()  # their memory goes with the last part that needs it
-    zetas = _find_zetas(run, targets, losses)
+    zetas = _find_zetas(block, targets, losses)
     owner = team.share_out({name: W.numel() * W.shape[1] for name, W in targets.items()})
     done = {}
     for name, part in mine.items():
-        run.announce(part.linear)
+        block.announce(part.linear)
         loss, target = losses.pop(name), targets.pop(name)
         if owner[name] == team.rank:
-            own = replace(config, bits=run.bits(part.linear), keep={})
-            W, said = part_weight(run.block, part, config.dtype), []
+            own = replace(config, bits=block.bits(part.linear), keep={})
+            W, said = part_weight(block.module, part, config.dtype), []
             done[name] = round_layer_safely(name, W, loss, own, zetas.get(name), target, said), said
         del loss, target
         trim_memory()
     for name, part in mine.items():
         done[name] = layer, said = team.broadcast(done.get(name), owner[name])
-        run.write(part.linear, layer, part.rows)
-        run.notes += said
-    return _join(run.block, mine, {name: layer for name, (layer, _) in done.items()})
+        block.write(part.linear, layer, part.rows)
+        block.notes += said
+    return _join(block.module, mine, {name: layer for name, (layer, _) in done.items()})
 
 # %% ../../nbs/quantize/63_block.ipynb #c14join0
-def _join(block: nn.Module, parts: dict[str, Part], done: dict[str, RoundedLayer]) -> dict[str, RoundedLayer]:
+def _join(module: nn.Module, parts: dict[str, Part], done: dict[str, RoundedLayer]) -> dict[str, RoundedLayer]:
     "One record for each linear from those of its parts."
     linears: dict[str, list[str]] = {}
     for name, part in parts.items():
@@ -184,7 +188,7 @@ def _join(block: nn.Module, parts: dict[str, Part], done: dict[str, RoundedLayer
         if len(names) == 1 and parts[names[0]].rows is None:
             joined[linear] = first
             continue
-        scale = first.grid.scale.new_ones(len(weight_of(block, linear)), first.grid.scale.shape[1])
+        scale = first.grid.scale.new_ones(len(weight_of(module, linear)), first.grid.scale.shape[1])
         codes, zero = torch.zeros(len(scale), first.shape[1], dtype=torch.uint8), torch.ones_like(scale)
         for name in names:
             rows = slice(None) if parts[name].rows is None else parts[name].rows
@@ -194,52 +198,53 @@ def _join(block: nn.Module, parts: dict[str, Part], done: dict[str, RoundedLayer
     return joined
 
 # %% ../../nbs/quantize/63_block.ipynb #c14whole
-def round_whole_block(run: BlockRun) -> dict[str, RoundedLayer]:
+def round_whole_block(block: BlockRun) -> dict[str, RoundedLayer]:
     "Rounds a block in place by one of `METHODS`; losses in the records are the relative error of the block's output."
-    start, config, block = time.perf_counter(), run.config, run.block
-    run.full.run(block, keep=True)
-    target = run.full.hidden
-    bits = {name: b for name in linears_of(block) if (b := run.bits(name)) != 16}
-    modules = dict(block.named_modules())
+    start, config, module = time.perf_counter(), block.config, block.module
+    block.full.run(module, keep=True)
+    target = block.full.hidden
+    bits = {name: b for name in linears_of(module) if (b := block.bits(name)) != 16}
+    modules = dict(module.named_modules())
     for name in bits:
         if not isinstance(modules.get(name), nn.Linear):
             way = "use a preset that works layer by layer, such as best, or keep it with --keep"
-            raise UnsupportedModelError(f"{run.name}.{name} is no nn.Linear, and {config.method} knows no other: {way}")
+            what = f"{block.name}.{name} is no nn.Linear"
+            raise UnsupportedModelError(f"{what}, and {config.method} knows no other: {way}")
     grids = {n: minmax_grid(modules[n].weight, b, config.group_size, config.symmetric) for n, b in bits.items()}
     nearest = {n: RoundedLayer.of(g.codes(modules[n].weight), g) for n, g in grids.items()}
-    others = {n: p.clone() for n, p in block.named_parameters() if n.removesuffix(".weight") not in bits}
+    others = {n: p.clone() for n, p in module.named_parameters() if n.removesuffix(".weight") not in bits}
     weights = {f"{n}.weight": layer.weight().to(modules[n].weight) for n, layer in nearest.items()}
-    rtn = block_error(block, run.stream, target, weights)
+    rtn = block_error(module, block.stream, target, weights)
     given = {k: getattr(config, k) for k in ("group_size", "symmetric", "iterations", "lr", "seed")}
     try:
-        task = BlockTask(run.model, block, bits, run.stream, target, announce=run.announce, **given)
+        task = BlockTask(block.model, module, bits, block.stream, target, announce=block.announce, **given)
         with phase("block"):
             rounded = resolve(METHODS, config.method)(task) if bits else {}
         for name, layer in rounded.items():
-            run.write(name, layer)
-        error = block_error(block, run.stream, target)
+            block.write(name, layer)
+        error = block_error(module, block.stream, target)
     except (NumericalError, torch.linalg.LinAlgError) as e:
-        run.notes.append(f"{config.method} failed ({' '.join(str(e).split())}): rounded to nearest")
+        block.notes.append(f"{config.method} failed ({' '.join(str(e).split())}): rounded to nearest")
         error = math.nan
     if error > rtn:
-        run.notes.append(f"{config.method} left {error:.3g} of the output, round-to-nearest {rtn:.3g}: that is kept")
+        block.notes.append(f"{config.method} left {error:.3g} of the output, round-to-nearest {rtn:.3g}: that is kept")
     if not error <= rtn:  # NaN too
         rounded, error = nearest, rtn
         for name, p in others.items():
-            block.get_parameter(name).copy_(p)
+            module.get_parameter(name).copy_(p)
         for name, layer in nearest.items():
-            run.write(name, layer)
+            block.write(name, layer)
     cost = dict(loss_rtn=rtn, loss=error, seconds=(time.perf_counter() - start) / max(1, len(bits)))
     return {n: RoundedLayer(r.words, r.grid, r.zeta, **cost) for n, r in rounded.items()}
 
 # %% ../../nbs/quantize/63_block.ipynb #c14tune
-def tune_block(run: BlockRun, layers: dict[str, RoundedLayer]) -> dict[str, RoundedLayer]:
+def tune_block(block: BlockRun, layers: dict[str, RoundedLayer]) -> dict[str, RoundedLayer]:
     "The same codes on scales that are fitted to the block's full-precision output, in place; norm weights change too."
-    modules = dict(run.block.named_modules())
+    modules = dict(block.module.named_modules())
     linears = {n: layer for n, layer in layers.items() if isinstance(modules.get(n), nn.Linear)}
     with phase("tuning"):
-        options = dict(iterations=run.config.tuning, seed=run.config.seed)
-        tuned, _ = tune_scales(run.block, linears, run.stream, run.full.hidden, **options)
+        options = dict(iterations=block.config.tuning, seed=block.config.seed)
+        tuned, _ = tune_scales(block.module, linears, block.stream, block.full.hidden, **options)
     if tuned is linears:
-        run.notes.append("tuning did not lower the block's error and was dropped")
+        block.notes.append("tuning did not lower the block's error and was dropped")
     return layers | tuned

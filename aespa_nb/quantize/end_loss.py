@@ -37,8 +37,8 @@ def read_gradients(
     generator, positions, matrices = torch.Generator().manual_seed(seed), 0, {}
 
     def follow(name, y):
-        "Reads the gradient of `y` when it comes; what the model is to go on with. At the first the graph begins."
-        y = y if y.requires_grad else y.detach().requires_grad_()
+        "Has the gradient of `y` read in the backward pass; returns what takes the place of `y` in the forward pass."
+        y = y if y.requires_grad else y.detach().requires_grad_()  # where nothing before has a gradient
         y.register_hook(lambda g: read(name, g.detach().flatten(0, -2).float()))
         return y.clone()  # a model may change it in place
 

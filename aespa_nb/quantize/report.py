@@ -53,13 +53,16 @@ class QuantReport:
     peak_bytes: int = 0  # memory above what was in use at the start, the model included there
     block_bytes: int = 0  # the largest block in `config.dtype`
     statistics_bytes: int = 0  # the pre-computed matrices of one block
+    sequence_bytes: int = 0  # what linears read and write, attention's probabilities: of sequences that run together
     logits_bytes: int = 0  # of the sequences that run together, where the predictions are looked at
     notes: list[str] = field(default_factory=list)  # what was left alone, or treated otherwise than the rest
 
     @property
     def budget_bytes(self) -> int:
-        "Three largest blocks, their statistics, six times the logits, 4 MiB: what `peak_bytes` should stay below."
-        return 3 * self.block_bytes + self.statistics_bytes + 6 * self.logits_bytes + 2**22
+        """What `peak_bytes` should stay below: three largest blocks, the statistics of one, four times what a batch
+        leaves in it, six times its logits, 4 MiB."""
+        of_batch = 4 * self.sequence_bytes + 6 * self.logits_bytes
+        return 3 * self.block_bytes + self.statistics_bytes + of_batch + 2**22
 
     @property
     def bits_per_weight(self) -> float:
@@ -83,7 +86,7 @@ class QuantReport:
 
     def to_json(self) -> str:
         "The report without tensors."
-        sizes = (f"{name}_bytes" for name in ("peak", "budget", "block", "statistics", "logits"))
+        sizes = (f"{name}_bytes" for name in ("peak", "budget", "block", "statistics", "sequence", "logits"))
         totals = ("seconds", *sizes, "bits_per_weight")
         return json.dumps(
             dict(config=config_fields(self.config))

@@ -104,29 +104,31 @@ def draw_inputs(tokens: Int[Tensor, "seq tok"] | dict[str, Tensor], config: Aesp
     return {k: v[order[: config.samples]] for k, v in inputs.items()}
 
 # %% ../../nbs/quantize/67_run.ipynb #66258737
-def store_block(run: BlockRun, layers: dict[str, RoundedLayer]) -> tuple[dict[str, Tensor], dict]:
+def store_block(block: BlockRun, layers: dict[str, RoundedLayer]) -> tuple[dict[str, Tensor], dict]:
     "A finished block as tensors and facts, for a journal."
-    tensors = {f"parameter:{name}": p for name, p in run.block.named_parameters() if p.ndim < 2}
+    tensors = {f"parameter:{name}": p for name, p in block.module.named_parameters() if p.ndim < 2}
     facts = {}
     for name, r in layers.items():
         tensors |= {f"words:{name}": r.words, f"zeta:{name}": r.zeta.clone()}
         tensors |= {f"scale:{name}": r.grid.scale, f"zero:{name}": r.grid.zero}
         facts[name] = dict(bits=r.grid.bits, loss_rtn=r.loss_rtn, loss=r.loss, seconds=r.seconds)
-    return tensors, dict(layers=facts, notes=run.notes, statistics_bytes=run.statistics_bytes)
+    sizes = dict(statistics_bytes=block.statistics_bytes, sequence_bytes=block.sequence_bytes)
+    return tensors, dict(layers=facts, notes=block.notes, **sizes)
 
 
-def restore_block(run: BlockRun, tensors: dict[str, Tensor], facts: dict) -> dict[str, RoundedLayer]:
+def restore_block(block: BlockRun, tensors: dict[str, Tensor], facts: dict) -> dict[str, RoundedLayer]:
     "Makes the block what it was when it was stored; the records of its linears."
-    for name, p in run.block.named_parameters():
+    for name, p in block.module.named_parameters():
         if p.ndim < 2:
             p.copy_(tensors[f"parameter:{name}"])
     layers = {}
     for name, cost in facts["layers"].items():
         words, scale, zero, zeta = (tensors[f"{kind}:{name}"] for kind in ("words", "scale", "zero", "zeta"))
         layers[name] = RoundedLayer(words, Grid(cost.pop("bits"), scale, zero), zeta, **cost)
-        run.announce(name)
-        run.write(name, layers[name])
-    run.notes, run.statistics_bytes = facts["notes"], facts["statistics_bytes"]
+        block.announce(name)
+        block.write(name, layers[name])
+    block.notes, block.statistics_bytes = facts["notes"], facts["statistics_bytes"]
+    block.sequence_bytes = facts["sequence_bytes"]
     return layers
 
 
@@ -158,7 +160,7 @@ def _warm_up(solver: str) -> None:
 # %% ../../nbs/quantize/67_run.ipynb #67ends02
 def _read_predictions(run: "Run") -> None:
     "What `end_loss` and `end_to_end` have to know of the model before its first block is rounded."
-    config, run.metrics = run.config, {}
+    config = run.config
     if config.end_to_end or config.end_loss:
         shape = next(iter(run.inputs.values()))[: config.batch_size].shape[:2]
         run.report.logits_bytes = 4 * shape.numel() * run.model.config.get_text_config().vocab_size
@@ -240,6 +242,7 @@ class Run:
         self.model, self.inputs, self.config, self.team = model, draw_inputs(tokens, config), config, team
         self.device, self.report = torch.device(config.device or model.device), QuantReport(config)
         self.progress, self.folder, self.journal = progress, journal if team.rank == 0 else None, None
+        self.metrics, self.predictions = {}, None  # what `end_loss` and `end_to_end` know of the full model
         if "is_quantized" in vars(model):
             self.report.notes.append("the checkpoint was quantized: what was rounded are its dequantized weights")
 
@@ -284,7 +287,7 @@ class Run:
         if not stored:
             return None
         if block.full:
-            block.full.run(block.block, keep=True)  # still at full precision
+            block.full.run(block.module, keep=True)  # still at full precision
         return restore_block(block, *stored)
 
     def keep(self, block: BlockRun, layers: dict[str, RoundedLayer], new: bool) -> None:
@@ -295,7 +298,8 @@ class Run:
         report.layers |= {f"{block.name}.{name}": layer for name, layer in layers.items()}
         report.notes += [f"{block.name}: {note}" for note in block.notes]
         report.statistics_bytes = max(report.statistics_bytes, block.statistics_bytes)
-        block.stream.run(block.block, keep=True)
+        report.sequence_bytes = max(report.sequence_bytes, block.sequence_bytes * self.config.batch_size)
+        block.stream.run(block.module, keep=True)
 
 # %% ../../nbs/quantize/67_run.ipynb #67head02
 def _head_of(model: PreTrainedModel, config: AespaConfig) -> tuple[str, nn.Module]:
