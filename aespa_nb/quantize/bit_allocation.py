@@ -69,21 +69,21 @@ def predicted_losses(
     with Run(model, tokens, quick, progress) as run:
         prices = output_prices(model, {k: v[:sequences] for k, v in run.inputs.items()}, config.seed)
         for at in run.blocks():
-            found = survey(model, at.block, at.stream)
-            parts = parts_of(at.block, found)
-            read = block_losses(model, at.block, at.stream, "layer", config.dtype, found=found)
+            found = survey(model, at.module, at.stream)
+            parts = parts_of(at.module, found)
+            read = block_losses(model, at.module, at.stream, "layer", config.dtype, found=found)
             for key, loss in read.losses.items():
                 part, name = parts[key], f"{at.name}.{parts[key].linear}"
                 at.announce(part.linear)
-                W = part_weight(at.block, part, config.dtype)
-                price = prices.get(name, torch.zeros(len(weight_of(at.block, part.linear))))  # 0: it never ran
+                W = part_weight(at.module, part, config.dtype)
+                price = prices.get(name, torch.zeros(len(weight_of(at.module, part.linear))))  # 0: it never ran
                 price = (price if part.rows is None else price[part.rows.to(price.device)]).to(W)
                 own = bits_of(config, name) if any(kept in name for kept in config.keep) else None
                 for bits in choices if own is None else () if own == 16 else (own,):
                     layer = round_layer(W, loss.damped(config.damping), replace(quick, bits=bits, keep={}))
                     dW, menu = layer.weight().to(W) - W, losses.setdefault(name, {})
                     menu[bits] = menu.get(bits, 0.0) + float((price * ((dW @ loss.H) * dW).sum(1)).sum())
-            at.stream.run(at.block, keep=True)
+            at.stream.run(at.module, keep=True)
     return losses
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #8dc9f65a
