@@ -371,6 +371,7 @@ def test_every_format_is_read_back(kind, bits, dtype, form, tmp_path, monkeypatc
     model = small_model(kind, dtype)
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=[0, 5])
     report = nearest(model, bits, 16, symmetric=callable(bits))
+    report.notes, report.block_bytes, report.seconds = ["one thing"], 12345, 2.5
     words, save = words_of(report), type(model).save_pretrained
     monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: save(*a, **k, max_shard_size="10KB"))
     export_model(model, report, tmp_path / "out", form, facts={"perplexity": 5.25})
@@ -379,6 +380,8 @@ def test_every_format_is_read_back(kind, bits, dtype, form, tmp_path, monkeypatc
     assert torch.equal(logits(back.model), logits(model)) and {p.dtype for p in back.model.parameters()} == {dtype}
     assert same(words_of(report), words) and same(words_of(back.report), words)
     assert all(torch.equal(r.grid.scale, r.grid.scale.to(dtype).float()) for r in report.layers.values())
+    told = lambda r: {k: v for k, v in json.loads(r.to_json()).items() if k != "config"}
+    assert told(back.report) == told(report)
     assert back.facts == {"perplexity": 5.25} and {r.loss for r in back.report.layers.values()} == {0.5}
     assert back.model.generation_config.temperature == 0.7 and back.model.generation_config.eos_token_id == [0, 5]
 
