@@ -40,13 +40,12 @@ guides/92_own_data | 688 128 20,000 | the bundled model's width; defaults of the
 guides/93_gpu | 512 | a title
 guides/94_serve | 256 128,256 4,096 1.05 512 | 8 bits; LLaMA 3's head and its bytes; the windows
 index | 3.10 | a version
-model/41_memory | 0.4 13.6 4096 128 | the lower curve where it begins; 14 less 0.4; an example
+model/41_memory | 13.6 4096 128 | 14 less 0.4; an example
 model/43_stream | 200 | 40 x 5
 model/48_block_tuning | 85 1.0001 960 1000 | product of the shares; an example; 24 x 40; cited there
 model/49_end_to_end | 1,600 | 16 x 100
-quantize/60_config | 0.06 0.2 1.5 | 30 / 500; the default of fit_grid; the paper's
+quantize/60_config | 0.06 1.5 | 30 / 500; the paper's
 quantize/65_model | 500 | the preset's steps
-quantize/68_end_loss | 8192 | an example
 reference/97_families | 2.3 288 | a version; the tokens of experiments/families.py
 reference/98_faults | 400 | experiments/torture.py
 rounding/11_hessian | 160 1024 | the example's weights; 2 to the tenth

@@ -264,7 +264,10 @@ def _read(folder: Path, trust_remote_code: bool) -> Quantized:
     known = {f.name for f in fields(AespaConfig)} - {"dtype"}
     recipe = AespaConfig(**{k: v for k, v in saved["config"].items() if k in known})
     totals = {f.name for f in fields(QuantReport)} - {"config", "layers"}
-    report = QuantReport(recipe, **{k: v for k, v in saved.items() if k in totals})
+    totals = {k: v for k, v in saved.items() if k in totals}
+    if not all(isinstance(v, list if k == "notes" else int | float) for k, v in totals.items()):
+        raise ValueError("quantization.json has words for numbers")
+    report = QuantReport(recipe, **totals)
     form, bits = saved["export"]["format"], saved["export"]["bits"]
     path, state = folder / "quantization.safetensors", _stored(folder)
     beside = load_file(path) if path.exists() else {}

@@ -6,6 +6,7 @@
 __all__ = ['load_model']
 
 # %% ../../nbs/export/74_loading.ipynb #47828733
+import contextlib
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.fetch import MODELS, load_gguf, need_fetched
 from ..data.text import load_reference
 from .checkpoint import read_quantized
-from ..model.checkpoint import load_checkpoint, load_tokenizer, read_json
+from ..errors import AespaError
+from ..model.checkpoint import check_files, load_checkpoint, load_tokenizer, read_json
 
 # %% ../../nbs/export/74_loading.ipynb #6df50df2
 def load_model(
@@ -32,8 +34,10 @@ def load_model(
     if folder.suffix == ".gguf":
         model, tokenizer = load_gguf(folder)
         return model.to(dtype or model.dtype), tokenizer
-    ours = folder / "quantization.json"
-    told = read_json(ours).get("export") if ours.is_file() else None
+    told = None
+    with contextlib.suppress(AespaError, OSError):  # no folder of ours, or one whose weights may still be read
+        check_files(folder)
+        told = read_json(folder / "quantization.json").get("export")
     if isinstance(told, dict) and told.get("format") in ("gptq", "awq", "gguf"):
         model = read_quantized(folder, trust_remote_code).model
         return model.to(dtype or model.dtype), load_tokenizer(folder, trust_remote_code)

@@ -37,7 +37,7 @@ def output_prices(
     Raises as `read_gradients`, of whose matrices it is the diagonal."""
     prices = {}
     add = lambda name, g: prices.update({name: prices.get(name, 0) + g.pow(2).sum(0)})
-    count = read_gradients(model, inputs, add, seed=seed)
+    count = sum(read_gradients(model, inputs, add, seed))
     return {name: price / (2 * count) for name, price in prices.items()}
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #374514eb

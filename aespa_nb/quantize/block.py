@@ -50,7 +50,7 @@ class BlockRun:
     owners: dict[str, str] = field(default_factory=dict)  # linear of the model -> the first with the same weight
     notes: list[str] = field(default_factory=list)
     statistics_bytes: int = 0  # of the matrices that were held at one time, at most
-    sequence_bytes: int = 0  # of what the linears read and write, and of attention's probabilities, of one sequence
+    sequence_bytes: int = 0  # what linears read and write, and attention's probabilities, of one sequence; 0: no survey
 
     def bits(self, linear: str) -> int:
         "Bits of a linear of the block; 16: it is left as it is."
@@ -76,9 +76,7 @@ def round_block(block: BlockRun) -> dict[str, RoundedLayer]:
         block.notes.append(f"{count} not captured, left as they are: {kind}")
     if block.config.objective != "layer" and not found.attentions:
         block.notes.append("no attention was captured: all losses are layer-wise")
-    if block.full and not block.config.correction:
-        block.full.run(block.module, keep=True)  # for `tune_block`
-    original = (copy.deepcopy(block.module), block.full) if block.config.correction else None
+    original = (copy.deepcopy(block.module), block.full) if block.full else None
     stages = stages_of(found) if original else [list(found.groups)]
     parts, rounded = parts_of(block.module, found), {}
     for stage in stages:

@@ -128,7 +128,7 @@ def restore_block(block: BlockRun, tensors: dict[str, Tensor], facts: dict) -> d
         block.announce(name)
         block.write(name, layers[name])
     block.notes, block.statistics_bytes = facts["notes"], facts["statistics_bytes"]
-    block.sequence_bytes = facts["sequence_bytes"]
+    block.sequence_bytes = facts.get("sequence_bytes", 0)  # journals of earlier versions have none
     return layers
 
 
@@ -168,7 +168,7 @@ def _read_predictions(run: "Run") -> None:
             if config.end_to_end:
                 run.predictions = Predictions(run.model, run.inputs, config.batch_size)
             if config.end_loss:
-                run.metrics = output_metrics(run.model, run.inputs, config.batch_size, config.seed)
+                run.metrics = output_metrics(run.model, run.inputs, config.seed)
 
 # %% ../../nbs/quantize/67_run.ipynb #67ends03
 @torch.no_grad()

@@ -9,7 +9,7 @@ from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHead
 from transformers import T5Config, T5ForConditionalGeneration
 
 from aespa_nb import AespaConfig, NumericalError, UnsupportedModelError, quantize_model
-from aespa_nb.quantize.end_loss import output_metrics, shrink_
+from aespa_nb.quantize.end_loss import output_metrics, read_gradients, shrink_
 from aespa_nb.attention.kronecker_losses import KroneckerLoss
 from aespa_nb.model.blocks import reading_inputs
 from aespa_nb.rounding.hessian import Gram
@@ -24,7 +24,7 @@ def divergence(full, other):
 def test_the_loss_is_the_divergence_of_small_errors(kind):
     "In nats per token; means over labels and over directions, whose noise is the tolerance."
     full = loud(kind)
-    metrics = [output_metrics(full, TOKENS, batch_size=1 + seed % 3, seed=seed) for seed in range(12)]
+    metrics = [output_metrics(full, TOKENS, seed) for seed in range(12)]
     grams = {name: Gram(full.get_submodule(name).in_features) for name in metrics[0]}
     with torch.no_grad(), reading_inputs(full, grams, lambda name, x: grams[name].add(x.mT)):
         full(TOKENS)
@@ -75,6 +75,25 @@ def test_encoders_conv1d_and_outputs_changed_in_place_have_metrics():
     for model, inputs in ((t5, both), (gpt, TOKENS), (falcon, TOKENS)):
         metrics = output_metrics(model, inputs)
         assert len(metrics) >= 8 and all(G.trace() > 0 for G in metrics.values())
+
+
+def test_a_metric_is_the_second_moment_of_gradients_shrunk_by_what_is_noise():
+    "By hand, sequence by sequence; half of them are short, which is no noise."
+    full, mask, sums = loud(), torch.ones_like(TOKENS), {}
+    mask[::2, 5:] = 0
+    inputs = dict(input_ids=TOKENS, attention_mask=mask)
+    counts = read_gradients(full, inputs, lambda name, g: sums.setdefault(name, []).append(g.double().T @ g.double()))
+    assert counts == mask.sum(1).tolist()
+    share = torch.tensor(counts).double().square().sum() / sum(counts) ** 2  # 1 / K for sequences of one length
+    for name, G in output_metrics(full, inputs).items():
+        parts, eye = torch.stack(sums[name]), torch.eye(len(G)).double()
+        total = parts.sum(0)
+        mean = total.trace() / len(G) * eye
+        noise = (parts.square().sum() - share * total.square().sum()) / (1 - share)
+        a = min(1, float(noise / (total - mean).square().sum()))
+        shrunk = ((1 - a) * total + a * mean) / (2 * sum(counts))
+        assert 0 < a and torch.allclose(G.double(), shrunk, rtol=1e-3, atol=1e-12)
+    assert any(not torch.allclose(G, G[0, 0] * torch.eye(len(G))) for G in output_metrics(full, inputs).values())
 
 
 def test_padding_counts_for_nothing():
