@@ -107,6 +107,15 @@ def _same(a, b) -> bool:
     return not isinstance(a, Tensor) or torch.equal(a, b)
 
 
+def _own(model, calls: list[dict], others: list[dict]) -> dict[int | str, list]:
+    "A list for each argument that two sequences do not share. Raises `UnsupportedModelError` if one is no tensor."
+    own = {k: [] for a, b in zip(calls, others) for k in a if not _same(a[k], b[k])}
+    for key in own:
+        if not isinstance(calls[0].get(key), Tensor):
+            raise _unsupported(model, f"gives each sequence {key} of its own (positions that differ, perhaps)")
+    return own
+
+
 def _to(value, device, dtype):
     "`value` on `device`, floating tensors in `dtype`; tuples, lists and dictionaries are followed."
     return recursively_apply(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), value)
@@ -138,11 +147,7 @@ class BlockStream:
         mine = team.part(total, batch_size)
         with phase("embed"):
             calls = _calls(model, blocks, part(0, 1))
-            pairs = list(zip(calls, _calls(model, blocks, part(1, 2)))) if total > 1 else []
-            own = {k: [] for a, b in pairs for k in a if not _same(a[k], b[k])}
-            for key in own:
-                if not isinstance(calls[0].get(key), Tensor):
-                    raise _unsupported(model, f"gives each sequence {key} of its own (positions that differ, perhaps)")
+            own = _own(model, calls, _calls(model, blocks, part(1, 2)) if total > 1 else calls)
             for at in range(mine.start, mine.stop, batch_size):
                 size = min(batch_size, mine.stop - at)
                 hidden, [(args, kwargs)] = _catch(model, blocks, part(at, at + size))
