@@ -34,7 +34,7 @@ from ..model.phases import phase
 from ..model.stream import BlockStream, IdleError, as_inputs, open_stream, without_padding
 from ..model.team import ALONE, Team
 from .block import BlockRun
-from .config import SOLVERS, AespaConfig, bits_of
+from .config import SOLVERS, AespaConfig, bits_of, numerics
 from .journal import fingerprint, open_journal
 from .layer import RoundedLayer, round_layer
 from .report import QuantReport, config_fields, peak_memory, progress_bar
@@ -133,7 +133,7 @@ def restore_block(block: BlockRun, tensors: dict[str, Tensor], facts: dict) -> d
 
 
 def run_header(model: PreTrainedModel, inputs: dict[str, Tensor], config: AespaConfig) -> dict:
-    "What tells this run from another: every weight, every token, every setting."
+    "What tells this run from another: every weight, every token, every setting, and what the code makes of them."
     weights, inside = {}, set()
     for name, block in blocks_of(model).items():
         weights[name] = fingerprint(block.parameters())
@@ -144,7 +144,8 @@ def run_header(model: PreTrainedModel, inputs: dict[str, Tensor], config: AespaC
     for key in ("_name_or_path", "transformers_version"):
         settings.pop(key, None)
     tokens = {k: fingerprint([v]) for k, v in inputs.items()}
-    return dict(config=config_fields(config), calibration=tokens, weights=weights, model=settings)
+    fields = config_fields(config)
+    return dict(config=fields, numerics=numerics(fields), calibration=tokens, weights=weights, model=settings)
 
 # %% ../../nbs/quantize/67_run.ipynb #c8514802
 @functools.cache

@@ -44,7 +44,7 @@ def test_only_what_is_stale_is_measured_again(tmp_path, monkeypatch, capsys):
     assert [r["kl"] for r in common.resume("x", jobs, run)] == [1, 2] and measured == ["rtn", "gptq"]
     common.resume("x", jobs, run)
     assert len(measured) == 2
-    monkeypatch.setattr("aespa_nb.experiments.records.NUMERICS", 10**6)
+    monkeypatch.setattr("aespa_nb.quantize.config.NUMERICS", 10**6)
     assert "now they are 1000000" in common.stale(tmp_path / "x.json")
     assert sorted(r["kl"] for r in common.resume("x", [*jobs, dict(preset="best")], run)) == [3, 4, 5]
     assert common.stale(tmp_path / "x.json") is None

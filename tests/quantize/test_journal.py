@@ -66,7 +66,7 @@ def test_all_kinds_of_models(tmp_path, case):
     assert identical(first, run(tmp_path, **CASES[case]))
 
 
-def test_another_run_is_refused_with_the_difference_named(tmp_path):
+def test_another_run_is_refused_with_the_difference_named(tmp_path, monkeypatch):
     first = run(tmp_path, "gptq")
     for changes, match in (
         (dict(seed=1), r"config\.seed is 0 there and 1 here"),
@@ -82,6 +82,9 @@ def test_another_run_is_refused_with_the_difference_named(tmp_path):
     for model, match in ((weight, r"weights\.model\.layers\.1 is"), (epsilon, r"model\.rms_norm_eps is")):
         with refused(match):
             quantize_model(model, TOKENS, AespaConfig.preset("gptq", **QUICK), journal=tmp_path)
+    with monkeypatch.context() as later, refused(r"numerics is 1 there and 100 here"):
+        later.setattr("aespa_nb.quantize.config.NUMERICS", 100)
+        run(tmp_path, "gptq")
     assert identical(first, run(tmp_path, "gptq"))  # and it is as good as before
 
 
