@@ -81,8 +81,10 @@ def shrink_(
 ) -> float:  # the share of `total` that was replaced by its mean diagonal, 0 to 1
     "Moves a sum of random matrices towards a multiple of the identity, by the share that is noise (Ledoit, Wolf 2004)."
     norm, mean = sum_of_squares(total), float(total.diagonal().double().mean())
-    apart, noise = norm - len(total) * mean**2, (squares - norm / count) * count / max(count - 1, 1e-9)
-    share = min(1.0, max(0.0, noise / apart)) if count > 1 and apart > 0 else 1.0
+    apart, share = norm - len(total) * mean**2, 1.0
+    if count > 1 and apart > 0:
+        noise = (squares - norm / count) * count / (count - 1)
+        share = min(1.0, max(0.0, noise / apart))
     total.mul_(1 - share).diagonal().add_(share * mean)
     return share
 

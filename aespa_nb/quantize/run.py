@@ -112,8 +112,8 @@ def store_block(block: BlockRun, layers: dict[str, RoundedLayer]) -> tuple[dict[
         tensors |= {f"words:{name}": r.words, f"zeta:{name}": r.zeta.clone()}
         tensors |= {f"scale:{name}": r.grid.scale, f"zero:{name}": r.grid.zero}
         facts[name] = dict(bits=r.grid.bits, loss_rtn=r.loss_rtn, loss=r.loss, seconds=r.seconds)
-    sizes = dict(statistics_bytes=block.statistics_bytes, sequence_bytes=block.sequence_bytes)
-    return tensors, dict(layers=facts, notes=block.notes, **sizes)
+    rest = {name: getattr(block, name) for name in ("notes", "statistics_bytes", "sequence_bytes")}
+    return tensors, dict(layers=facts, **rest)
 
 
 def restore_block(block: BlockRun, tensors: dict[str, Tensor], facts: dict) -> dict[str, RoundedLayer]:
@@ -127,8 +127,8 @@ def restore_block(block: BlockRun, tensors: dict[str, Tensor], facts: dict) -> d
         layers[name] = RoundedLayer(words, Grid(cost.pop("bits"), scale, zero), zeta, **cost)
         block.announce(name)
         block.write(name, layers[name])
-    block.notes, block.statistics_bytes = facts["notes"], facts["statistics_bytes"]
-    block.sequence_bytes = facts.get("sequence_bytes", 0)  # journals of earlier versions have none
+    for name in ("notes", "statistics_bytes", "sequence_bytes"):
+        setattr(block, name, facts[name])
     return layers
 
 
