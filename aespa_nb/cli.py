@@ -349,7 +349,7 @@ def fetch(
     print(f"{(folder / 'ORIGIN.md').read_text(encoding='utf-8').strip()}\n\nIt lies in {folder}, and is called {name}.")
 
 # %% ../nbs/guides/90_cli.ipynb #8d1120a7
-DEMO = dict(rtn=1, gptq=1.5, adaround=3, aespa=3, best=3)  # presets, and about what they cost
+DEMO = dict(rtn=1, gptq=1.5, adaround=3, aespa=3, best=3)  # presets, and their weights in the progress bar
 BRIEF = Text(samples=64, eval_samples=128)
 
 

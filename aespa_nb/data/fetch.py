@@ -165,7 +165,7 @@ def _unpack_handbook(package: Path, folder: Path) -> None:
 
 # %% ../../nbs/data/29_fetch.ipynb #29fetchj
 class Item(NamedTuple):
-    "What `fetch` can get, and how."
+    "What `fetch` can get, and how: two functions, one that downloads a file and one that makes a folder of it."
 
     about: str
     licence: str
@@ -209,6 +209,8 @@ def fetch(
         raise AespaError(f"nothing to fetch is called {name!r}: choose one of {', '.join(MODELS if hub else ITEMS)}")
     folder, item = fetched_folder(name), ITEMS[name]
     if folder.is_dir():
+        if hub and MODELS[name] not in (folder / "ORIGIN.md").read_text(encoding="utf-8"):
+            raise AespaError(f"{folder} has {item.about}: delete the folder first")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as place:
@@ -221,7 +223,8 @@ def fetch(
             if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != item.sha256:
                 raise AespaError(f"{file.name} has checksum {found}, not {item.sha256}: it is damaged, or another file")
             item.unpack(file, new)
-        lines = f"# {name}", item.about, f"Licence: {item.licence}", f"From: {MODELS[name] if hub else item.origin}"
+        about, origin = ("the authors' own weights", MODELS[name]) if hub else (item.about, item.origin)
+        lines = f"# {name}", about, f"Licence: {item.licence}", f"From: {origin}"
         (new / "ORIGIN.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
         os.replace(new, folder)
     return folder

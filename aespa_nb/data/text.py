@@ -397,7 +397,7 @@ def shared_warning(
     "One line if both are from one split of one place or share text, else None."
     a, b = calib.origin, heldout.origin
     share = shared_text(calib.tokens, heldout.tokens)
-    if (a.place, a.split) == (b.place, b.split):
+    if a.place == b.place and (a.split == b.split or b.split == "all of it"):
         return f"calibration and evaluation are the same text ({a.place}, {a.split}): name another for evaluation"
     if share > limit:
         return f"{share:.0%} of the evaluation text is also in the calibration windows: the scores flatter the method"
@@ -412,7 +412,7 @@ def check_tokens(
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape:
         raise AespaError("tokens must be a tensor [seq tok] with at least one sequence; see calibration_windows")
     if tokens.dtype not in (torch.int64, torch.int32):
-        raise AespaError(f"tokens must be int64 token ids, not {tokens.dtype}")
+        raise AespaError(f"tokens must be int32 or int64 token ids, not {tokens.dtype}")
     config = model.config.get_text_config()
     vocabulary = config.vocab_size
     if tokens.min() < 0 or tokens.max() >= vocabulary:

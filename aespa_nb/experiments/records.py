@@ -29,12 +29,17 @@ def speed() -> float:
     return min(times)
 
 
+def _plain(config: object) -> dict:
+    "Its fields in words that JSON can hold."
+    fields = asdict(config) if is_dataclass(config) else dict(config or {})
+    return {k: v if isinstance(v, str | int | float | list | dict | None) else str(v) for k, v in fields.items()}
+
+
 def stamp(
     config: object = None,  # an `AespaConfig` or a dictionary; None: the record has no configuration
 ) -> dict:
     "What a record is made with: `numerics`, the `config` in words that JSON can hold, `versions`, the CPU's `speed`."
-    fields = asdict(config) if is_dataclass(config) else dict(config or {})
-    plain = {k: v if isinstance(v, str | int | float | list | dict | None) else str(v) for k, v in fields.items()}
+    plain = _plain(config)
     versions = {"aespa_nb": __version__} | {name: version(name) for name in ("torch", "transformers")}
     return dict(numerics=numerics(plain), config=plain, versions=versions, speed=speed())
 
@@ -48,7 +53,7 @@ def _reason(record: dict) -> str | None:
     if there != here:
         return f"made with numerics {there}; now they are {here}"
     if preset in PRESETS and "solver" in then:
-        now = stamp(AespaConfig.preset(preset))["config"]
+        now = _plain(AespaConfig.preset(preset))
         for name in {k for fields in PRESETS.values() for k in fields} - {"iterations"}:  # often fewer, and said so
             if name not in own and then.get(name, now[name]) != now[name]:
                 return f"made when {preset} had {name}={then[name]!r}; now it has {now[name]!r}"
@@ -72,7 +77,7 @@ def write_record(
     content: dict | list,  # with a stamp in the dictionary, or in each of the list
 ) -> None:
     "Writes a record, whole or not at all. Raises `AespaError` if the disk refuses, `ValueError` without a stamp."
-    if stale(content) == "unstamped":
+    if not all("made" in row for row in (content if isinstance(content, list) else [content])):
         raise ValueError(f'{path}: a record needs "made": stamp(config)')
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(path), content)
