@@ -156,10 +156,10 @@ class InputCollector:
         "The layer-wise loss of each part, with `H` or with the mean of the inputs; afterwards nothing can be added."
         return dict.fromkeys(self.keys, KroneckerLoss(self.gram.mean(copy=False) if H is None else H))
 
-    def accumulated_errors(self, H: Hessian) -> dict[str, AccumulatedError]:
+    def accumulated_errors(self, H: Hessian, pseudo_tokens: float = 0.0) -> dict[str, AccumulatedError]:
         "How far the input of each part is from what it would be at full precision."
         with phase("target"):
-            return dict.fromkeys(self.keys, self.gram.maps(H)) if self.paired else {}
+            return dict.fromkeys(self.keys, self.gram.maps(H, pseudo_tokens)) if self.paired else {}
 
 # %% ../../nbs/model/46_statistics.ipynb #97b320aa
 def _same_position(q: Role, k: Role) -> bool:
@@ -329,8 +329,8 @@ def _one_pass(block, stream: BlockStream, found: BlockMap, inputs, attentions, f
     stream.team.sum([*inputs.values(), *attentions.values(), *fed])  # over the processes
 
 # %% ../../nbs/model/46_statistics.ipynb #69c9e29d
-def _pooled(inputs: dict, found: BlockMap) -> tuple[dict[tuple, Hessian], list[str]]:
-    "Hessians in place of those of groups that saw too few tokens, and a note for each stack."
+def _pooled(inputs: dict, found: BlockMap) -> tuple[dict[tuple, tuple[Hessian, int]], list[str]]:
+    "Hessians, and their tokens, in place of those of groups that saw too few; and a note for each stack."
     hessians, notes = {}, []
     for stage in stages_of(found):
         grams = {group: inputs[group].gram for group in stage if group in inputs and group[0] in found.routed}
@@ -338,7 +338,7 @@ def _pooled(inputs: dict, found: BlockMap) -> tuple[dict[tuple, Hessian], list[s
         if poor:
             total, tokens = sum(gram.total for gram in grams.values()), sum(gram.tokens for gram in grams.values())
             pooled = mirror_(total).div_(tokens) if tokens else torch.eye(len(total)).to(total)
-            hessians |= dict.fromkeys(poor, pooled)
+            hessians |= dict.fromkeys(poor, (pooled, tokens))
             few = f"{len(poor)} of {len(grams)} linears like {poor[0][0]} saw too few tokens"
             notes.append(f"{few}: statistics pooled")
     return hessians, notes
@@ -349,6 +349,7 @@ class BlockLosses:
     "What one pass through a block has found."
 
     losses: dict[str, KroneckerLoss]  # of each part
+    tokens: dict[str, int]  # that the H of each part is a mean of
     accumulated_errors: dict[str, AccumulatedError]  # in the input of each part, if a full-precision stream ran beside
     notes: list[str]  # what is not as it should be
 
@@ -363,6 +364,7 @@ def block_losses(
     groups: list[tuple[str, ...]] | None = None,  # linears that read the same input; None: all of the block
     full: tuple[nn.Module, BlockStream] | None = None,  # the block and its stream at full precision
     found: BlockMap | None = None,  # None: `survey` it
+    pseudo_tokens: float = 0.0,  # tokens of white noise for each input that accumulated errors are damped with
 ) -> BlockLosses:
     "Losses of `block` from one pass; with the last group the `full` stream moves on to the next block."
     found = found or survey(model, block, stream)
@@ -393,11 +395,13 @@ def block_losses(
             what = f"attention call {i} of a {model.config.model_type!r} block"
             raise UnsupportedModelError(f"{what}: captured {collector.tokens} tokens of {stream.tokens}")
     pooled, notes = _pooled(inputs, found)
-    losses, errors = {}, {}
+    losses, tokens, errors = {}, {}, {}
     for group, collector in inputs.items():
-        mine = collector.losses(pooled.get(group))
+        H, seen = pooled.get(group, (None, collector.gram.tokens))
+        mine = collector.losses(H)
         losses |= mine
-        errors |= collector.accumulated_errors(mine[collector.keys[0]].H)
+        tokens |= dict.fromkeys(mine, seen)
+        errors |= collector.accumulated_errors(mine[collector.keys[0]].H, pseudo_tokens)
     for collector in (*attentions.values(), *fed):
         losses |= collector.losses(losses)
-    return BlockLosses(losses, errors, notes)
+    return BlockLosses(losses, tokens, errors, notes)

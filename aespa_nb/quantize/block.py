@@ -80,24 +80,26 @@ def round_block(block: BlockRun) -> dict[str, RoundedLayer]:
     stages = stages_of(found) if original else [list(found.groups)]
     parts, rounded = parts_of(block.module, found), {}
     for stage in stages:
-        options = dict(objective=block.config.objective, dtype=block.config.dtype, groups=stage, found=found)
-        read = block_losses(block.model, block.module, block.stream, full=original, **options)
+        fields = {k: getattr(block.config, k) for k in ("objective", "dtype", "pseudo_tokens")}
+        read = block_losses(block.model, block.module, block.stream, full=original, groups=stage, found=found, **fields)
         if stage is stages[-1]:
             original = None  # not needed any more: its memory goes before the rounding starts
         rounded |= round_parts(block, parts, read)
     return rounded
 
 # %% ../../nbs/quantize/63_block.ipynb #c14damp
-def _damp_all(losses: dict[str, KroneckerLoss], ratio: float) -> tuple[dict[str, KroneckerLoss], int]:
+def _damp_all(losses: dict[str, KroneckerLoss], tokens: dict[str, int], config: AespaConfig) -> tuple[dict, int]:
     "The losses damped in place, and the bytes that they take; a matrix that layers share is damped, and counted, once."
     done: dict[int, Tensor] = {}
 
-    def once(M):
+    def once(M, ratio):
         if M is not None and id(M) not in done:
             done[id(M)] = damp(M, ratio, copy=False)
         return None if M is None else done[id(M)]
 
-    damped = {name: KroneckerLoss(once(loss.H), once(loss.G)) for name, loss in losses.items()}
+    noise = lambda name, H: config.pseudo_tokens * H.shape[-1] / max(1, tokens[name])
+    H = {name: once(loss.H, config.damping + noise(name, loss.H)) for name, loss in losses.items()}
+    damped = {name: KroneckerLoss(H[name], once(loss.G, config.damping)) for name, loss in losses.items()}
     return damped, sum(M.nbytes for M in done.values())
 
 # %% ../../nbs/quantize/63_block.ipynb #c14zeta
@@ -147,7 +149,7 @@ def round_parts(block: BlockRun, parts: dict[str, Part], read: BlockLosses) -> d
     block.notes += read.notes
     mine = {name: part for name, part in parts.items() if name in read.losses and block.bits(part.linear) != 16}
     losses = {name: _end_loss(block, part, read.losses[name]) for name, part in mine.items()}
-    losses, memory = _damp_all(losses, config.damping)
+    losses, memory = _damp_all(losses, read.tokens, config)
     with phase("target"):
         targets = {name: _target(block, part, read.accumulated_errors.get(name)) for name, part in mine.items()}
     memory += sum(S.nbytes for S in {id(e.S): e.S for e in read.accumulated_errors.values()}.values())

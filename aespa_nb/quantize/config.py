@@ -82,6 +82,7 @@ class Recipe:
     lr: PositiveFloat | None = None  # of Adam; None: 30 / iterations, the paper's 0.015 at 2000 steps
     loss_scale: PositiveFloat = 0.01  # weight of the loss against the rounding penalty
     damping: NonNegativeFloat = 0.01  # share of the mean diagonal of H and G added to the diagonal
+    pseudo_tokens: NonNegativeFloat = 0.0  # more of it for H: so many tokens of white noise for each input
     # on what data, and where
     samples: PositiveInt | None = None  # sequences drawn from the tokens with `seed`; None: all of them
     batch_size: PositiveInt = 1  # sequences that run together; more may be faster on a GPU, where memory allows
@@ -124,7 +125,7 @@ def bits_of(config: AespaConfig, name: str) -> int:
     return next((bits for part, bits in reversed(config.keep.items()) if part in name), config.bits)
 
 # %% ../../nbs/quantize/60_config.ipynb #1d8ca4cd
-_BEST = dict(objective="gauss-newton", solver="descent", correction=0.8, damping=0.07)
+_BEST = dict(objective="gauss-newton", solver="descent", correction=0.8, damping=0.05, pseudo_tokens=2.0)
 PRESETS = {
     "rtn": dict(objective="layer", grid="minmax", solver="rtn"),
     "awq": dict(method="awq"),

@@ -59,9 +59,14 @@ class PairedGram(Gram):
             raise AespaError("no tokens were added: pass calibration data")
         return self.cross / self.tokens
 
-    def maps(self, H: Hessian) -> AccumulatedError:
-        "`error_map` of both errors, in the memory of the sums: nothing can be added afterwards. `H` is the mean."
-        solve = lambda total: None if total is None else error_map(H, total, copy=False).div_(self.tokens)
+    def maps(
+        self,
+        H: Hessian,  # the mean
+        pseudo_tokens: float = 0.0,  # tokens of white noise for each input that H is damped with
+    ) -> AccumulatedError:
+        "`error_map` of both errors, in the memory of the sums: nothing can be added afterwards."
+        damping = 0.01 + pseudo_tokens * len(H) / self.tokens
+        solve = lambda total: None if total is None else error_map(H, total, damping, copy=False).div_(self.tokens)
         return AccumulatedError(solve(self.cross), solve(self.cross_stream))
 
 # %% ../../nbs/rounding/18_target.ipynb #5f019333
