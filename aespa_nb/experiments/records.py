@@ -53,9 +53,9 @@ def _reason(record: dict) -> str | None:
     if there != here:
         return f"made with numerics {there}; now they are {here}"
     if preset in PRESETS and "solver" in then:
-        now = _plain(AespaConfig.preset(preset))
+        now, then = _plain(AespaConfig.preset(preset)), _plain(AespaConfig()) | then  # older ones lack new fields
         for name in {k for fields in PRESETS.values() for k in fields} - {"iterations"}:  # often fewer, and said so
-            if name not in own and then.get(name, now[name]) != now[name]:
+            if name not in own and then[name] != now[name]:
                 return f"made when {preset} had {name}={then[name]!r}; now it has {now[name]!r}"
     return None
 
