@@ -30,7 +30,7 @@ SOLVED = dict(objective="gauss-newton", solver="descent")
 ABLATIONS = {  # name -> (preset, changes); the first six change objective and solver alone
     **{f"{o}, {s}": ("gptq", dict(objective=o, solver=s)) for o in ("layer", "attention", "gauss-newton")
        for s in ("gptq", "descent")},
-    "damping 0.07": ("gptq", dict(**SOLVED, damping=0.07)),
+    "more damping": ("gptq", dict(**SOLVED, damping=0.05, pseudo_tokens=2.0)),
     "best": ("best", {}),  # the same with the full-precision target
     "best, end loss": ("best", dict(end_loss=True)),
     "best, scales end to end": ("best", dict(end_to_end=100)),
@@ -42,12 +42,15 @@ ABLATIONS = {  # name -> (preset, changes); the first six change objective and s
     "aespa, 2000 steps": ("aespa", dict(iterations=2000)),
     "best, layer-wise objective": ("best", dict(objective="layer")),
     "best, the paper's objective": ("best", dict(objective="attention")),
-    "best, damping 0.03": ("best", dict(damping=0.03)),
-    "best, damping 0.15": ("best", dict(damping=0.15)),
+    "best, damping 0.01": ("best", dict(damping=0.01, pseudo_tokens=0.0)),
+    "best, damping 0.07": ("best", dict(damping=0.07, pseudo_tokens=0.0)),
+    "best, 5 pseudo-tokens": ("best", dict(pseudo_tokens=5.0)),
     "best, no target": ("best", dict(correction=0.0)),
     "best, full correction": ("best", dict(correction=1.0)),
     "best, three starts": ("best", dict(solver="several starts")),
     "best, Z-Fold": ("best", dict(zfold=True)),
+    **{f"best, {n} windows{name}": ("best", dict(samples=n, **changes)) for n in (8, 16, 32, 256) for name, changes in (
+       ("", {}), (", damping 0.07", dict(damping=0.07, pseudo_tokens=0.0)))},
 }  # fmt: skip
 
 
@@ -70,7 +73,7 @@ def ablations(reference):
 
     def run(job):
         preset, changes = ABLATIONS[job["name"]]
-        config = AespaConfig.preset(preset, job["bits"], seed=job["seed"], samples=SAMPLES, **changes)
+        config = AespaConfig.preset(preset, job["bits"], seed=job["seed"], **dict(samples=SAMPLES) | changes)
         return dict(preset=preset, changes=changes) | rounded(reference, config)[2]
 
     resume("campaign", jobs, run, whole=True)

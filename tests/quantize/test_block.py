@@ -40,10 +40,22 @@ def test_losses_are_damped_by_the_recipes_share(objective):
                 assert_close(more - M, share, atol=1e-9, rtol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_targets_undo_the_error_of_the_input_and_of_the_stream(share):
+@pytest.mark.parametrize("objective", ["layer", "attention", "gauss-newton"])
+@pytest.mark.parametrize("samples", [2, 8])
+def test_inputs_are_damped_more_where_tokens_are_few(objective, samples):
+    plain, damped = (given(small(), objective=objective, pseudo_tokens=c, samples=samples) for c in (0.0, 3.0))
+    for name, (_, H, G) in plain.items():
+        if "layers.0" in name:
+            share = 3 * H.shape[-1] / (24 * samples) / 1.01  # what is there has been damped by 1 %
+            more = share * H.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(H.shape[-1]).to(H)
+            assert_close(damped[name][1] - H, more, atol=1e-9, rtol=1e-6)
+            assert G is None or G.equal(damped[name][2])  # outputs are not
+
+
+@pytest.mark.parametrize("share, pseudo_tokens", [(0.0, 0.0), (0.6, 2.0), (1.0, 0.0)])
+def test_targets_undo_the_error_of_the_input_and_of_the_stream(share, pseudo_tokens):
     full, model = small(dtype=torch.float64), small(dtype=torch.float64)
-    found = given(model, objective="layer", correction=share, bits=3)
+    found = given(model, objective="layer", correction=share, bits=3, pseudo_tokens=pseudo_tokens)
 
     def read(model, stage):
         "What o_proj or down_proj of the second block reads, and the stream that its output is added to: rows."
@@ -60,7 +72,8 @@ def test_targets_undo_the_error_of_the_input_and_of_the_stream(share):
     for stage, name in (("o_proj", "self_attn.o_proj"), ("down_proj", "mlp.down_proj")):
         (x_full, h_full, W), (x, h, _) = read(full, stage), read(model, stage)
         H = x.T @ x
-        H = H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+        damping = 0.01 + pseudo_tokens * len(H) / TOKENS.numel()
+        H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
         repair = torch.linalg.solve(H, x.T @ (x_full - x) @ W.T + x.T @ (h_full - h)).T
         assert repair.norm() > 0.01 * W.norm()
         assert_close(found[f"model.layers.1.{name}"][0], W + share * repair, rtol=1e-6, atol=1e-8)
