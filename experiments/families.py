@@ -168,12 +168,12 @@ def value_loss(model, data) -> float:
 
 
 def attention_errors(name: str, seed: int, iterations: int = 300) -> dict[str, float]:
-    "Relative error of the first block's attention outputs, with only what makes Q, K and V rounded to 3 bits."
-    model, data = build(name, seed), inputs(name, seed=seed)
+    "Relative error of the first block's attention outputs on new inputs, with Q, K and V alone rounded to 3 bits."
+    model, data, new = build(name, seed), inputs(name, 128, seed), inputs(name, 24, seed + 1000)
     found = first_block(model, data, lambda b, s: survey(model, b, s))
     linears = {r.linear for a in found.attentions for r in a.roles.values()}
     outputs, errors = [a.o for a in found.attentions], {}
-    full = heads_read(model, data, outputs)
+    full = heads_read(model, new, outputs)
     for recipe, (preset, options) in RECIPES.items():
         rounded, mixed = copy.deepcopy(model), copy.deepcopy(model)
         quantize_model(rounded, data, AespaConfig.preset(preset, bits=3, iterations=iterations, **options))
@@ -181,7 +181,7 @@ def attention_errors(name: str, seed: int, iterations: int = 300) -> dict[str, f
         with torch.no_grad():
             for n in linears:
                 weight_of(block, n).copy_(weight_of(block_of(rounded), n))
-        now, errors[recipe] = heads_read(mixed, data, outputs), 0.0
+        now, errors[recipe] = heads_read(mixed, new, outputs), 0.0
         for n, x in full.items():
             W = weight_of(block, n).detach()
             errors[recipe] += float(((now[n] - x) @ W.T).pow(2).sum() / (x @ W.T).pow(2).sum())

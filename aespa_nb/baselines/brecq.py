@@ -47,7 +47,7 @@ class BlockRounding:
 # %% ../../nbs/baselines/54_brecq.ipynb #fbb168ba
 def fit_grids(task: BlockTask) -> dict[str, Grid]:
     "The grid of each linear: the grid search under the second moments of what the linear reads."
-    found = block_losses(task.model, task.block, task.stream, "layer", task.stream.dtype).losses
+    found = block_losses(task.model, task.block, task.stream, "layer").losses
     moments, grids = {name.partition("[")[0]: damp(loss.H) for name, loss in found.items()}, {}  # parts share one H
     for name, bits in task.bits.items():
         task.announce(name)

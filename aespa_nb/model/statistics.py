@@ -360,7 +360,6 @@ def block_losses(
     block: nn.Module,
     stream: BlockStream,  # stands before `block`
     objective: str = "attention",  # "layer", "attention" or "gauss-newton"
-    dtype: torch.dtype = torch.float32,
     groups: list[tuple[str, ...]] | None = None,  # linears that read the same input; None: all of the block
     full: tuple[nn.Module, BlockStream] | None = None,  # the block and its stream at full precision
     found: BlockMap | None = None,  # None: `survey` it
@@ -369,6 +368,7 @@ def block_losses(
     "Losses of `block` from one pass; with the last group the `full` stream moves on to the next block."
     found = found or survey(model, block, stream)
     groups, group_of, inputs, attentions = groups or found.groups, found.group_of, {}, {}
+    dtype = torch.promote_types(stream.dtype, torch.float32)
     parts, routed = parts_of(block, found), found.routed
     for group in groups:
         head, paired = group[0], full is not None and group[0] not in routed

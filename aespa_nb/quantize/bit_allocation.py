@@ -71,7 +71,7 @@ def predicted_losses(
         for at in run.blocks():
             found = survey(model, at.module, at.stream)
             parts = parts_of(at.module, found)
-            read = block_losses(model, at.module, at.stream, "layer", config.dtype, found=found)
+            read = block_losses(model, at.module, at.stream, "layer", found=found)
             for key, loss in read.losses.items():
                 part, name = parts[key], f"{at.name}.{parts[key].linear}"
                 at.announce(part.linear)

@@ -80,8 +80,8 @@ def round_block(block: BlockRun) -> dict[str, RoundedLayer]:
     stages = stages_of(found) if original else [list(found.groups)]
     parts, rounded = parts_of(block.module, found), {}
     for stage in stages:
-        fields = {k: getattr(block.config, k) for k in ("objective", "dtype", "pseudo_tokens")}
-        read = block_losses(block.model, block.module, block.stream, full=original, groups=stage, found=found, **fields)
+        fields = dict(objective=block.config.objective, pseudo_tokens=block.config.pseudo_tokens)
+        read = block_losses(block.model, block.module, block.stream, groups=stage, full=original, found=found, **fields)
         if stage is stages[-1]:
             original = None  # not needed any more: its memory goes before the rounding starts
         rounded |= round_parts(block, parts, read)

@@ -20,8 +20,8 @@ PHI3 = lambda: AutoModelForCausalLM.from_config(Phi3Config(**FIELDS))  # gate an
 def test_second_moment_of_the_jacobian(kind, name, monkeypatch):
     monkeypatch.setitem(MODELS, "phi3", PHI3)
     with first_block(kind, TOKENS[:2]) as (model, block, stream):
-        loss = block_losses(model, block, stream, "gauss-newton", torch.float64).losses[name]
-        assert_close(loss.H, block_losses(model, block, stream, "layer", torch.float64).losses[name].H)
+        loss = block_losses(model, block, stream, "gauss-newton").losses[name]
+        assert_close(loss.H, block_losses(model, block, stream, "layer").losses[name].H)
         behind, ys = survey(model, block, stream).feeds[name], []
         leaf = lambda module, args, y: ys.append(y.detach().requires_grad_()) or ys[0]
         block.get_submodule(name).register_forward_hook(leaf)

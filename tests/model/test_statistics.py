@@ -37,7 +37,7 @@ def read(kind, tokens, objective, team=None):
         for part in getattr(full, "streams", [full]):
             part.hidden *= 1.1
         stream.team = team or stream.team
-        return block_losses(model, block, stream, objective, torch.float64, full=(reference, full))
+        return block_losses(model, block, stream, objective, full=(reference, full))
 
 
 class Halves:
@@ -140,7 +140,7 @@ def test_it_does_not_matter_whether_shared_heads_are_handed_over_repeated(object
             stream.run(block)
         handle.remove()
     keys = {p.role: key for key, p in parts_of(block, found).items() if p.role}
-    inputs = dict.fromkeys("qkv", InputCollector("q", list(keys.values()), Gram(32)))
+    inputs = dict.fromkeys("qkv", InputCollector("q", list(keys.values()), Gram(32, dtype=torch.float64)))
     collector = AttentionCollector(block, found.attentions[0], keys, inputs, objective, 8)
     assert collector.fast and collector.kv_heads == 2
     for X, (Q, K, V, A) in calls:
@@ -155,7 +155,7 @@ def test_a_part_of_the_roles_is_measured():
     with first_block("llama") as (model, block, stream):
         found = survey(model, block, stream)
     keys = {"q": "self_attn.q_proj", "k": "self_attn.k_proj"}
-    inputs = dict.fromkeys("qk", InputCollector("q", list(keys.values()), Gram(32)))
+    inputs = dict.fromkeys("qk", InputCollector("q", list(keys.values()), Gram(32, dtype=torch.float64)))
     collector = AttentionCollector(block, found.attentions[0], keys, inputs, "attention", 8)
     assert isinstance(collector.sums, MeasuredStatistics) and not inputs["q"].counted
 
@@ -184,12 +184,12 @@ def test_a_constant_factor_before_attention_is_in_the_losses():
     "OPT scales its queries. Measured position maps contain such a factor without knowing of it."
     with first_block("opt") as (model, block, stream):
         assert survey(model, block, stream).attentions[0].roles["q"].gain == pytest.approx(8**-0.5)
-        known = block_losses(model, block, stream, "attention", torch.float64).losses
+        known = block_losses(model, block, stream, "attention").losses
         with torch.no_grad():
             keys = block.self_attn.k_proj(block.self_attn_layer_norm(stream.hidden))
         many = mock.patch.dict(MeasuredStatistics.__init__.__kwdefaults__, probes=1500)
         with many, mock.patch("aespa_nb.model.statistics._same_position", lambda q, k: False):
-            measured = block_losses(model, block, stream, "attention", torch.float64).losses
+            measured = block_losses(model, block, stream, "attention").losses
     assert apart(whole(measured["self_attn.k_proj"]), whole(known["self_attn.k_proj"])) < 0.08
     q, d = known["self_attn.q_proj"].G, 8  # there, keys are taken about their mean in each sequence
     mean = keys.double().unflatten(-1, (-1, d)).mean(1)  # [seq heads d]
