@@ -133,7 +133,7 @@ PRESETS_TEXT = (
 )
 PRICES = (  # of `nbs/runs/compare-reference`, 2 bits
     "The bundled model takes gptq 11 s and 18 MiB on one thread, gptaq 22 s and 20 MiB, aespa 45 s and 14 MiB, "
-    "best 55 s and 29 MiB, max 217 s and 49 MiB; aespa_nb plan tells it for yours"
+    "best 46 s and 32 MiB, max 203 s and 48 MiB; aespa_nb plan tells it for yours"
 )
 SET = "Any other field of the configuration (`Recipe`), e.g. end_to_end=100; or a .json file with several."
 KEEP = "Bits of the linears whose name contains PART, e.g. down_proj=4; 16 leaves them as they are."

@@ -164,7 +164,7 @@ def value_loss(model, data) -> float:
     group = attention.n_heads // len(role.rows)
     true = (after - before).pow(2).sum() / before[..., 0].numel() / group
     loss = next(v for k, v in losses.items() if k in (role.linear, f"{role.linear}[v]"))
-    return abs(float(loss(dW) / true) - 1)
+    return abs(float(loss(dW.to(loss.H)) / true) - 1)
 
 
 def attention_errors(name: str, seed: int, iterations: int = 300) -> dict[str, float]:

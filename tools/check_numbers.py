@@ -46,7 +46,7 @@ model/48_block_tuning | 85 1.0001 960 1000 | product of the shares; an example; 
 model/49_end_to_end | 1,600 | 16 x 100
 quantize/60_config | 0.06 1.5 | 30 / 500; the paper's
 quantize/65_model | 500 | the preset's steps
-reference/97_families | 2.3 288 | a version; the tokens of experiments/families.py
+reference/97_families | 2.3 128 | a version; the sequences of experiments/families.py
 reference/98_faults | 400 | experiments/torture.py
 rounding/11_hessian | 160 1024 | the example's weights; 2 to the tenth
 rounding/14_adaround | 160 0.75 .285 .715 500 | 2.4 / 0.015; 50 x 0.015; logits there; the preset's steps
