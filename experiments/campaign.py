@@ -26,11 +26,10 @@ from aespa_nb.rounding.gptq import gptq
 from aespa_nb.rounding.grid_search import fit_grid
 from common import SAMPLES, resume, rounded, stamp
 
-SOLVED = dict(objective="gauss-newton", solver="descent")
 ABLATIONS = {  # name -> (preset, changes); the first six change objective and solver alone
     **{f"{o}, {s}": ("gptq", dict(objective=o, solver=s)) for o in ("layer", "attention", "gauss-newton")
        for s in ("gptq", "descent")},
-    "more damping": ("gptq", dict(**SOLVED, damping=0.05, pseudo_tokens=2.0)),
+    "best, no target": ("best", dict(correction=0.0)),  # the last of these with more damping
     "best": ("best", {}),  # the same with the full-precision target
     "best, end loss": ("best", dict(end_loss=True)),
     "best, scales end to end": ("best", dict(end_to_end=100)),
@@ -45,7 +44,6 @@ ABLATIONS = {  # name -> (preset, changes); the first six change objective and s
     "best, damping 0.01": ("best", dict(damping=0.01, pseudo_tokens=0.0)),
     "best, damping 0.07": ("best", dict(damping=0.07, pseudo_tokens=0.0)),
     "best, 5 pseudo-tokens": ("best", dict(pseudo_tokens=5.0)),
-    "best, no target": ("best", dict(correction=0.0)),
     "best, full correction": ("best", dict(correction=1.0)),
     "best, three starts": ("best", dict(solver="several starts")),
     "best, Z-Fold": ("best", dict(zfold=True)),
@@ -69,12 +67,11 @@ SOLVERS["several starts"] = several_starts
 
 def ablations(reference):
     "Each recipe, a preset with changes, at 2 bits."
-    jobs = [dict(name=name, bits=2, seed=0) for name in ABLATIONS]
+    jobs = [dict(name=name, bits=2, seed=0, preset=preset, changes=new) for name, (preset, new) in ABLATIONS.items()]
 
     def run(job):
-        preset, changes = ABLATIONS[job["name"]]
-        config = AespaConfig.preset(preset, job["bits"], seed=job["seed"], **dict(samples=SAMPLES) | changes)
-        return dict(preset=preset, changes=changes) | rounded(reference, config)[2]
+        fields = dict(samples=SAMPLES) | job["changes"]
+        return rounded(reference, AespaConfig.preset(job["preset"], job["bits"], seed=job["seed"], **fields))[2]
 
     resume("campaign", jobs, run, whole=True)
 

@@ -209,8 +209,9 @@ def fetch(
         raise AespaError(f"nothing to fetch is called {name!r}: choose one of {', '.join(MODELS if hub else ITEMS)}")
     folder, item = fetched_folder(name), ITEMS[name]
     if folder.is_dir():
-        if hub and MODELS[name] not in (folder / "ORIGIN.md").read_text(encoding="utf-8"):
-            raise AespaError(f"{folder} has {item.about}: delete the folder first")
+        origin = folder / "ORIGIN.md"
+        if hub and not (origin.exists() and MODELS[name] in origin.read_text(encoding="utf-8")):
+            raise AespaError(f"{folder} has other weights than {MODELS[name]}: delete the folder first")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as place:

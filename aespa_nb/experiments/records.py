@@ -54,7 +54,7 @@ def _reason(record: dict) -> str | None:
         return f"made with numerics {there}; now they are {here}"
     if preset in PRESETS and "solver" in then:
         now, then = _plain(AespaConfig.preset(preset)), _plain(AespaConfig()) | then  # older ones lack new fields
-        for name in {k for fields in PRESETS.values() for k in fields} - {"iterations"}:  # often fewer, and said so
+        for name in sorted({k for fields in PRESETS.values() for k in fields} - {"iterations"}):  # often fewer
             if name not in own and then[name] != now[name]:
                 return f"made when {preset} had {name}={then[name]!r}; now it has {now[name]!r}"
     return None

@@ -349,7 +349,7 @@ class BlockLosses:
     "What one pass through a block has found."
 
     losses: dict[str, KroneckerLoss]  # of each part
-    tokens: dict[str, int]  # that the H of each part is a mean of
+    tokens: dict[str, int]  # of calibration that the H of each part was measured on
     accumulated_errors: dict[str, AccumulatedError]  # in the input of each part, if a full-precision stream ran beside
     notes: list[str]  # what is not as it should be
 

@@ -25,6 +25,7 @@ from .layer import round_layer
 from .end_loss import read_gradients
 from .run import Run
 from ..rounding.grid import check_bits
+from ..rounding.hessian import noise_damping
 
 # %% ../../nbs/quantize/66_bit_allocation.ipynb #ffecb2f1
 def output_prices(
@@ -79,8 +80,9 @@ def predicted_losses(
                 price = prices.get(name, torch.zeros(len(weight_of(at.module, part.linear))))  # 0: it never ran
                 price = (price if part.rows is None else price[part.rows.to(price.device)]).to(W)
                 own = bits_of(config, name) if any(kept in name for kept in config.keep) else None
+                noise = noise_damping(config.pseudo_tokens, W.shape[1], read.tokens[key])
                 for bits in choices if own is None else () if own == 16 else (own,):
-                    layer = round_layer(W, loss.damped(config.damping), replace(quick, bits=bits, keep={}))
+                    layer = round_layer(W, loss.damped(config.damping + noise), replace(quick, bits=bits, keep={}))
                     dW, menu = layer.weight().to(W) - W, losses.setdefault(name, {})
                     menu[bits] = menu.get(bits, 0.0) + float((price * ((dW @ loss.H) * dW).sum(1)).sum())
             at.stream.run(at.module, keep=True)

@@ -29,7 +29,7 @@ from ..model.team import ALONE, Team
 from .config import METHODS, AespaConfig, bits_of, resolve
 from .layer import RoundedLayer, round_layer_safely
 from ..rounding.grid import Grid, minmax_grid
-from ..rounding.hessian import damp
+from ..rounding.hessian import damp, noise_damping
 from ..rounding.target import AccumulatedError, full_precision_target
 from ..rounding.zfold import zfold
 
@@ -97,7 +97,7 @@ def _damp_all(losses: dict[str, KroneckerLoss], tokens: dict[str, int], config: 
             done[id(M)] = damp(M, ratio, copy=False)
         return None if M is None else done[id(M)]
 
-    noise = lambda name, H: config.pseudo_tokens * H.shape[-1] / max(1, tokens[name])
+    noise = lambda name, H: noise_damping(config.pseudo_tokens, H.shape[-1], tokens[name])
     H = {name: once(loss.H, config.damping + noise(name, loss.H)) for name, loss in losses.items()}
     damped = {name: KroneckerLoss(H[name], once(loss.G, config.damping)) for name, loss in losses.items()}
     return damped, sum(M.nbytes for M in done.values())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import AespaError, NumericalError
 from ..notation import Hessian, Inputs
-from .hessian import Gram, damp, one_thread
+from .hessian import Gram, damp, noise_damping, one_thread
 
 # %% ../../nbs/rounding/18_target.ipynb #8c29d1f1
 class AccumulatedError(NamedTuple):
@@ -65,7 +65,7 @@ class PairedGram(Gram):
         pseudo_tokens: float = 0.0,  # tokens of white noise for each input that H is damped with
     ) -> AccumulatedError:
         "`error_map` of both errors, in the memory of the sums: nothing can be added afterwards."
-        damping = 0.01 + pseudo_tokens * len(H) / self.tokens
+        damping = 0.01 + noise_damping(pseudo_tokens, len(H), self.tokens)
         solve = lambda total: None if total is None else error_map(H, total, damping, copy=False).div_(self.tokens)
         return AccumulatedError(solve(self.cross), solve(self.cross_stream))
 

@@ -18,7 +18,6 @@ UNSTAMPED = [f"{name}.json" for name in records.OWNERS if not name.startswith(ST
 # Made with descents of ten sweeps of single moves and two of chains, then of three of each; their pages say so.
 OLDER = {
     "made with numerics 1; now they are 4": ["pays.json"],
-    "made with numerics 2; now they are 3": ["campaign.json"],
 }
 
 
@@ -55,6 +54,11 @@ def test_what_a_preset_was_and_what_its_solver_was_are_told():
     then, aespa = row("best", grid="hessian"), row("aespa")
     assert common.stale([row("best"), aespa, then | dict(changes=dict(grid="hessian"))]) is None
     assert "best had grid='hessian'" in common.stale(then)
+    older = row("best")
+    del older["made"]["config"]["pseudo_tokens"]  # a field that did not exist then had its default
+    assert "best had pseudo_tokens=0.0" in common.stale(older)
+    del aespa["made"]["config"]["pseudo_tokens"]
+    assert common.stale(aespa) is None
     aespa["made"]["numerics"] -= 1  # from before its penalty was counted in curvature
     assert "numerics" in common.stale(aespa)
 

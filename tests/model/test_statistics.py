@@ -83,6 +83,7 @@ def padded(lengths, left):
 @pytest.mark.parametrize("kind", ["llama", "opt", "neox"])
 def test_padding_counts_in_no_statistic(kind, objective, left):
     plain, found = read(kind, TOKENS[:, :11], objective), read(kind, padded([11] * 4, left), objective)
+    assert found.tokens == plain.tokens == dict.fromkeys(plain.losses, 44)
     for key, loss in plain.losses.items():
         for a, b in zip((found.losses[key].H, found.losses[key].G), (loss.H, loss.G)):
             assert (a is None and b is None) or apart(a, b) < 1e-12
@@ -106,6 +107,7 @@ def test_what_two_processes_have_read_adds_up(kind, objective):
         both = read(kind, TOKENS[2:], objective, team)
     drawn = ("[q]", "[k]") if kind == "neox" and objective != "layer" else ()  # measured with random vectors
     assert whole.losses.keys() == both.losses.keys() == whole.accumulated_errors.keys()
+    assert whole.tokens == both.tokens == dict.fromkeys(whole.losses, TOKENS.numel())
     for key, loss in whole.losses.items():
         found = both.losses[key]
         if key.endswith(drawn):

@@ -167,7 +167,8 @@ def test_peak_memory_stays_below_the_budget(model, preset, threads):
 
 BAD = dict(bits=[1, 9, 2.5], iterations=[0], group_size=[0], samples=[0], batch_size=[0], tuning=[-1])
 BAD |= dict(objective=["block"], solver=["adam"], grid=["mse"], dtype=[torch.float16], iteration=[3])
-BAD |= dict(lr=[-1.0], damping=[-0.1], correction=[1.5], keep=[{"down_proj": 1}, {"down_proj": 12}])
+BAD |= dict(lr=[-1.0], damping=[-0.1], pseudo_tokens=[-1.0], correction=[1.5])
+BAD |= dict(keep=[{"down_proj": 1}, {"down_proj": 12}])
 BAD_FIELDS = [{field: value} for field in BAD for value in BAD[field]] + [dict(grid="minmax", zfold=True)]
 
 
