@@ -22,7 +22,7 @@ from aespa_nb.model.blocks import blocks_of, kind_of, linears_of, stacks_of, wei
 from aespa_nb.model.capture import Watch, capture_attention, capturing
 from aespa_nb.model.statistics import block_losses, survey
 from aespa_nb.model.stream import BlockStream
-from common import resume
+from common import resume, stamp
 
 WORDS = dict(vocab_size=64)
 SIZE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
@@ -194,9 +194,12 @@ def row(name: str, seeds=range(3)) -> dict:
     data = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
     found = first_block(model, data, lambda b, s: survey(model, b, s))
     attention, linears = found.attentions[0], linears_of(block_of(model))
-    report = quantize_model(build(name), inputs(name), AespaConfig.preset("best", bits=3))
+    config = AespaConfig.preset("best", bits=3)
+    report = quantize_model(build(name), inputs(name), config)
     errors = [attention_errors(name, seed) for seed in seeds]
     return dict(
+        preset="best",  # stale when it changes
+        made=stamp(config),
         captured="registry" if attention.registered else "watched",
         calls=len(found.attentions),
         fused=len({r.linear for r in attention.roles.values()}) < 3,
