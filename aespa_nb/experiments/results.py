@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from math import prod
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -35,7 +36,7 @@ def score_row(name: str, model: PreTrainedModel, scores: Scores, report: QuantRe
     if report is None:
         alike = dict(bits=16, perplexity=scores.perplexity, kl=0.0, top1=1.0)
         return dict(method=name, **alike, seconds=0.0, megabytes=2e-6 * numel)
-    rounded = sum(r.codes.numel() for r in report.layers.values())
+    rounded = sum(prod(r.shape) for r in report.layers.values())
     size = (rounded * report.bits_per_weight / 8 + (numel - rounded) * 2) / 1e6
     measured = dict(seconds=report.seconds, megabytes=size, bits_per_weight=report.bits_per_weight)
     memory = dict(peak_MiB=report.peak_bytes / 2**20, budget_MiB=report.budget_bytes / 2**20)
@@ -70,7 +71,9 @@ td:first-child,th:first-child{{text-align:left}}svg{{max-width:100%;height:auto}
 
 def how_it_ran(options: dict, text: dict, configs: list[AespaConfig] = ()) -> dict:
     "What stands beside results: what was asked for, the texts, the fields that differ from the defaults, the machine."
-    changed = [{f.name: str(getattr(c, f.name)) for f in fields(c) if getattr(c, f.name) != f.default} for c in configs]
+    fields_of = lambda c: {f.name: getattr(c, f.name) for f in fields(c)}
+    plain = fields_of(AespaConfig())
+    changed = [{name: str(value) for name, value in fields_of(c).items() if value != plain[name]} for c in configs]
     return {"options": options, "text": text, "configurations": changed, "machine": machine()}
 
 
@@ -86,6 +89,7 @@ def write_results(
     with noted("results.json"):
         write_json(folder / "results.json", {"run": run, "rows": rows})
     for name, draw in {**figures, "comparison": lambda: plot_comparison(rows)}.items():
+        (folder / f"{name}.svg").unlink(missing_ok=True)  # of an earlier run
         with noted(f"a figure of the {name}"):
             figure, buffer = draw(), io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -108,9 +112,10 @@ def add_scores(folder: Path, full: dict, rounded: dict) -> None:
     saved = json.loads((folder / "quantization.json").read_text(encoding="utf-8"))
     saved["export"]["facts"] |= facts
     write_json(folder / "quantization.json", saved)
-    with open(folder / "README.md", "a", encoding="utf-8") as card:
-        lines = "".join(f"| {k} | {v:.4g} |\n" for k, v in facts.items())
-        card.write(f"\n## Scores\n\n| score | |\n|---|---|\n{lines}")
+    lines = "".join(f"| {k} | {v:.4g} |\n" for k, v in facts.items())
+    card = (folder / "README.md").read_text(encoding="utf-8").partition("\n## Scores")[0]
+    card += f"\n## Scores\n\n| score | |\n|---|---|\n{lines}"
+    write_file(folder / "README.md", lambda new: new.write_text(card, encoding="utf-8"))
 
 
 def report_run(
@@ -128,6 +133,8 @@ def report_run(
         shown = dict(progress=progress, device=report.config.device)
         before, after = evaluate_model(full, heldout, **shown), evaluate_model(rounded, heldout, full, **shown)
         rows = [score_row("full", full, before), score_row(run["options"]["preset"], rounded, after, report)]
-        add_scores(folder, *rows)
+    if rows:
+        with noted("scores in the model card"):
+            add_scores(folder, *rows)
     write_results(folder, title, rows, run, layers=lambda: plot_layers(report))
     return rows

@@ -6,7 +6,6 @@
 __all__ = ['load_model']
 
 # %% ../../nbs/export/74_loading.ipynb #47828733
-import contextlib
 from pathlib import Path
 
 import torch
@@ -25,20 +24,23 @@ def load_model(
     trust_remote_code: bool = False,  # run code that comes with the checkpoint
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model, whose weights stay in their files where they can, and its tokenizer if it has one.
-    Raises `AespaError` if there is no such model, or if it is damaged."""
+    Raises `AespaError` if there is no such model, or if it is damaged. A `Path` is a folder or a file, never a name."""
     if source == "reference":
         return load_reference(dtype or torch.float32)[:2]
     if source in MODELS:
         return load_checkpoint(str(need_fetched(source)), dtype, trust_remote_code)
     folder = Path(source).expanduser()
-    if folder.suffix == ".gguf":
+    if isinstance(source, Path) and not folder.exists():
+        raise AespaError(f"no model folder at {source}")
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        if not folder.is_file():
+            raise AespaError(f"no file at {source}")
         model, tokenizer = load_gguf(folder)
         return model.to(dtype or model.dtype), tokenizer
-    told = None
-    with contextlib.suppress(AespaError, OSError):  # no folder of ours, or one whose weights may still be read
+    if (folder / "quantization.json").is_file():
         check_files(folder)
         told = read_json(folder / "quantization.json").get("export")
-    if isinstance(told, dict) and told.get("format") in ("gptq", "awq", "gguf"):
-        model = read_quantized(folder, trust_remote_code).model
-        return model.to(dtype or model.dtype), load_tokenizer(folder, trust_remote_code)
+        if isinstance(told, dict) and told.get("format") in ("gptq", "awq", "gguf"):
+            model = read_quantized(folder, trust_remote_code).model
+            return model.to(dtype or model.dtype), load_tokenizer(folder, trust_remote_code)
     return load_checkpoint(str(source), dtype, trust_remote_code)
