@@ -7,7 +7,7 @@ __all__ = ['block_error', 'norm_weights', 'Scales', 'BlockTask', 'learn_block', 
 
 # %% ../../nbs/model/48_block_tuning.ipynb #a0expnin
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,9 +57,13 @@ def norm_weights(block: nn.Module) -> dict[str, Tensor]:
 class Scales:
     "What is free once the codes are fixed: every scale and every norm weight, as a factor that starts at 1."
 
-    def __init__(self, block: nn.Module, records: dict[str, RoundedWeight]):
-        self.norms, self.linears, self.factors = norm_weights(block), {}, {}
+    def __init__(self, block: nn.Module, records: dict[str, RoundedWeight], leave: Collection[str] = ()):
+        "`leave`: names of parameters that stay as they are."
+        self.norms = {n: w for n, w in norm_weights(block).items() if n not in leave}
+        self.linears, self.factors = {}, {}
         for n, r in records.items():
+            if f"{n}.weight" in leave:
+                continue
             W, shape = block.get_submodule(n).weight.detach(), r.grid.scale.shape
             if r.shape != W.shape or shape[:-1] != W.shape[:1] or W.shape[1] % shape[-1]:
                 raise AespaError(f"the record of {n}, {r.shape}, scale {tuple(shape)}, does not fit {tuple(W.shape)}")
@@ -80,6 +84,11 @@ class Scales:
         wide = lambda n, W: self.factors[n].repeat_interleave(W.shape[1] // self.factors[n].shape[1], 1)
         linears = {f"{n}.weight": (W * wide(n, W)).to(W.dtype) for n, W in self.linears.items()}
         return linears | {n: (w * self.factors[n]).to(w.dtype) for n, w in self.norms.items()}
+
+    def on(self, records: dict[str, RoundedWeight]) -> dict[str, RoundedWeight]:
+        "The records of the linears with their scales times the present factors; codes stay."
+        factors = {n: self.factors[n].detach() for n in records}
+        return {n: r.on(replace(r.grid, scale=r.grid.scale * factors[n].to(r.grid.scale))) for n, r in records.items()}
 
 # %% ../../nbs/model/48_block_tuning.ipynb #3989d065
 @dataclass
@@ -162,12 +171,13 @@ def tune_scales(
     task = BlockTask(None, block, {}, stream, target, iterations=iterations, seed=seed)
     task.check(lr, batch_size)
     scales = Scales(block, records)
+    if not scales.factors:  # nothing was rounded, and the norms have no weights
+        return records, []
     adam = torch.optim.Adam(scales.factors.values(), lr=lr)
     losses = list(learn_block(task, scales.parameters, adam, batch_size))
-    parameters, tuned = scales.parameters(), {}
-    for n, r in records.items():
-        tuned[n] = r.on(replace(r.grid, scale=r.grid.scale * scales.factors[n].detach().to(r.grid.scale)))
-        parameters[f"{n}.weight"] = tuned[n].weight().to(parameters[f"{n}.weight"])
+    parameters, tuned = scales.parameters(), scales.on(records)
+    for n, r in tuned.items():
+        parameters[f"{n}.weight"] = r.weight().to(parameters[f"{n}.weight"])
     if not block_error(block, stream, target, parameters) <= block_error(block, stream, target):
         return records, losses
     for name, value in parameters.items():

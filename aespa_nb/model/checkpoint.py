@@ -21,10 +21,10 @@ from ..errors import AespaError, UnsupportedModelError
 # %% ../../nbs/model/47_checkpoint.ipynb #55804069
 def check_files(folder: Path) -> None:
     "Raises `AespaError` for pipes and their kind, for links that lead nowhere, and for huge texts."
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         if not (path.is_file() or path.is_dir()):
             raise AespaError(f"{folder} could not be loaded: {path.name} is no plain file; remove it")
-        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.stat().st_size > 2**28:
+        if path.suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py") and path.stat().st_size > 2**28:
             raise AespaError(f"{folder} could not be loaded: {path.name} takes more than 256 MiB; download it again")
 
 # %% ../../nbs/model/47_checkpoint.ipynb #c12bjson
@@ -106,12 +106,13 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
 
 
 def load_checkpoint(
-    source: str,  # a folder, or a name on the Hugging Face hub
-    dtype: torch.dtype | None = None,  # None: as stored, which alone keeps the weights in their files
+    source: str | Path,  # a folder, or a name on the Hugging Face hub
+    dtype: torch.dtype | None = None,  # None: what config.json says; weights stay in their files if they have it
     trust_remote_code: bool = False,  # run code that comes with the checkpoint
     auto: type = AutoModelForCausalLM,  # the class of transformers that knows which model to build
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     "A model whose weights stay in their files until they are used, and its tokenizer; raises `AespaError`."
+    source = str(source)
     folder = Path(source).expanduser()
     path = str(folder) if source.startswith("~") else source
     try:
@@ -139,11 +140,13 @@ def load_checkpoint(
 
 # %% ../../nbs/model/47_checkpoint.ipynb #47bare02
 def check_bare(model: PreTrainedModel) -> None:
-    "Raises `AespaError` unless the model is one of transformers, whole, without adapters, and can be saved."
+    "Raises `AespaError` unless the model is one of transformers, in one place, with settings that can be saved."
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         advice = "hand over the one inside (.module; of an adapter, .merge_and_unload())"
         raise UnsupportedModelError(f"{kind} is no PreTrainedModel: {advice}")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise AespaError("the model is spread over several devices: load it without device_map")
     if any(p.is_meta for p in model.parameters()):
         raise AespaError("weights are offloaded: load the model without device_map, they stay in their files anyway")
     if getattr(model, "_hf_peft_config_loaded", False) or any(hasattr(m, "base_layer") for m in model.modules()):

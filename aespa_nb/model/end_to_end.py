@@ -8,8 +8,8 @@ __all__ = ['NOISE', 'Predictions', 'counted_positions', 'free_scales', 'EndToEnd
 # %% ../../nbs/model/49_end_to_end.ipynb #49ende03
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -64,9 +64,13 @@ class Predictions:
         apart = (full - rounded).where(full > -torch.inf, 0)  # a masked token costs nothing
         return (full.exp() * apart).sum(-1)[counted_positions(self.inputs, seqs, full)].mean()
 
+    def positions(self, seqs: Tensor) -> int:
+        "How many positions of these sequences count."
+        return int(counted_positions(self.inputs, seqs, self.hidden[seqs, :, :1]).sum())
+
 
 def counted_positions(inputs: dict[str, Tensor], seqs: Tensor, logits: Tensor) -> Tensor:
-    "Which positions of the logits `[seq tok vocabulary]` count: all that no mask calls padding."
+    "Which positions of the logits `[seq tok vocabulary]` count: all but padding, as the mask of the inputs has it."
     found = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     every = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
     return every if found is None or found[seqs].shape != every.shape else found[seqs].to(logits.device).bool()
@@ -81,6 +85,7 @@ def free_scales(
     modules = dict(model.named_modules())
     blocks = blocks_of(model)
     inside = lambda name: any(name.startswith(f"{block}.") for block in blocks)
+    uses = Counter(p.data_ptr() for block in blocks.values() for p in block.parameters())
     norms = [n.rpartition(".")[0] for n in norm_weights(model) if not inside(n)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
@@ -88,7 +93,8 @@ def free_scales(
         for name in (*blocks, *norms):
             own = {n.removeprefix(f"{name}."): r for n, r in records.items() if n.startswith(f"{name}.")}
             linears = {n: r for n, r in own.items() if isinstance(modules.get(f"{name}.{n}"), nn.Linear)}
-            scales[name] = Scales(modules[name], linears)
+            shared = [n for n, p in modules[name].named_parameters() if uses[p.data_ptr()] > 1]  # by several blocks
+            scales[name] = Scales(modules[name], linears, leave=shared)
             modules[name].forward = _forward_with(modules[name], scales[name])
             stack.callback(delattr, modules[name], "forward")
         yield scales
@@ -141,7 +147,8 @@ def tune_end_to_end(
     order = torch.randperm(len(predictions), generator=generator)
     back, rest = order.tensor_split([max(1, len(order) // 8)])
     every = -(-iterations // 8)  # steps from one look at what is kept back to the next
-    part = lambda seqs, of: predictions.divergence(model, seqs) * (len(seqs) / len(of))
+    share = lambda seqs, of: predictions.positions(seqs) / predictions.positions(of)  # of a mean over positions
+    part = lambda seqs, of: predictions.divergence(model, seqs) * share(seqs, of)
     score = lambda: sum(float(part(seqs, back)) for seqs in back.split(micro))
     with free_scales(model, records) as scales:
         factors = [f for s in scales.values() for f in s.factors.values()]
@@ -154,11 +161,12 @@ def tune_end_to_end(
                 waiting = rest[torch.randperm(len(rest), generator=generator)]
             batch, waiting = waiting[:batch_size], waiting[batch_size:]
             adam.zero_grad()
+            seen.append(0.0)
             for seqs in batch.split(micro):
                 with torch.enable_grad():
                     loss = part(seqs, batch)
                     loss.backward()
-                seen.append(float(loss) * len(batch) / len(seqs))
+                seen[-1] += float(loss)
             if not math.isfinite(sum(seen)):
                 break  # the best so far stays
             adam.param_groups[0]["lr"] = lr * min(1, (i + 1) / 10) * (1 - i / iterations)
@@ -171,14 +179,13 @@ def tune_end_to_end(
                     best, at, found = kl, i + 1, copied()
         for f, value in zip(factors, found):
             f.copy_(value)
-        norms = {(name, n): (w * s.factors[n]).to(w.dtype) for name, s in scales.items() for n, w in s.norms.items()}
-        tuned = {f"{name}.{n}": s.factors[n] for name, s in scales.items() for n in s.linears}
-        times = lambda r, f: r.on(replace(r.grid, scale=r.grid.scale * f.detach().to(r.grid.scale)))
-        tuned = {name: times(records[name], f) for name, f in tuned.items()}
     if at == 0:
         return EndToEnd(records, 0, curve)
-    for (name, n), value in norms.items():
-        model.get_submodule(name).get_parameter(n).copy_(value)
+    tuned = {}
+    for name, s in scales.items():
+        for n, value in s.parameters().items():  # norms among them
+            model.get_submodule(name).get_parameter(n).copy_(value)
+        tuned |= {f"{name}.{n}": r for n, r in s.on({n: records[f"{name}.{n}"] for n in s.linears}).items()}
     for name, record in tuned.items():
         weight_of(model, name).copy_(record.weight())
     return EndToEnd(records | tuned, at, curve)

@@ -76,7 +76,9 @@ def round_block(block: BlockRun) -> dict[str, RoundedLayer]:
         block.notes.append(f"{count} not captured, left as they are: {kind}")
     if block.config.objective != "layer" and not found.attentions:
         block.notes.append("no attention was captured: all losses are layer-wise")
-    original = (copy.deepcopy(block.module), block.full) if block.full else None
+    original = (copy.deepcopy(block.module), block.full) if block.config.correction else None
+    if block.full and not original:
+        block.full.run(block.module, keep=True)  # what tuning will compare with
     stages = stages_of(found) if original else [list(found.groups)]
     parts, rounded = parts_of(block.module, found), {}
     for stage in stages:
@@ -247,4 +249,6 @@ def tune_block(block: BlockRun, layers: dict[str, RoundedLayer]) -> dict[str, Ro
         tuned, _ = tune_scales(block.module, linears, block.stream, block.full.hidden, **options)
     if tuned is linears:
         block.notes.append("tuning did not lower the block's error and was dropped")
+    if others := len(layers) - len(linears):
+        block.notes.append(f"tuning: {others} linears are no nn.Linear and keep their scales")
     return layers | tuned

@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -54,6 +54,16 @@ def _working_type(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def _device(name: str) -> str:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise ValueError("must be a device of torch, such as cpu, cuda or cuda:1") from None
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
+Positive, NotNegative = (Annotated[float, Field(allow_inf_nan=False, **at)] for at in (dict(gt=0), dict(ge=0)))
 Bits = Annotated[int, Field(ge=2, le=8)]
 KeptBits = Annotated[int, Field(ge=2, le=16)]
 
@@ -79,15 +89,15 @@ class Recipe:
     tuning: NonNegativeInt = 0  # Adam steps on scales and norm weights, through the whole block
     end_to_end: NonNegativeInt = 0  # Adam steps on all of them at the end, through the whole model
     iterations: PositiveInt = 500  # Adam steps per layer; the paper: 2000
-    lr: PositiveFloat | None = None  # of Adam; None: 30 / iterations, the paper's 0.015 at 2000 steps
-    loss_scale: PositiveFloat = 0.01  # weight of the loss against the rounding penalty
-    damping: NonNegativeFloat = 0.01  # share of the mean diagonal of H and G added to the diagonal
-    pseudo_tokens: NonNegativeFloat = 0.0  # more of it for H: so many tokens of white noise for each input
+    lr: Positive | None = None  # of Adam; None: 30 / iterations, the paper's 0.015 at 2000 steps
+    loss_scale: Positive = 0.01  # weight of the loss against the rounding penalty
+    damping: NotNegative = 0.01  # share of the mean diagonal of H and G added to the diagonal
+    pseudo_tokens: NotNegative = 0.0  # more of it for H: so many tokens of white noise for each input
     # on what data, and where
     samples: PositiveInt | None = None  # sequences drawn from the tokens with `seed`; None: all of them
     batch_size: PositiveInt = 1  # sequences that run together; more may be faster on a GPU, where memory allows
-    seed: int = 0
-    device: str | None = None  # where blocks are worked on; None: where the model is
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Device | None = None  # where blocks are worked on; None: where the model is
     dtype: Annotated[torch.dtype, AfterValidator(_working_type)] = torch.float32  # of statistics and solving
 
 

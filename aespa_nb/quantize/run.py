@@ -52,8 +52,14 @@ def check_model(model: PreTrainedModel, tokens: Tensor | dict[str, Tensor], conf
     if any(p.is_inference() for p in model.parameters()):
         raise AespaError("the model was made in torch.inference_mode(), its weights can't be replaced: load it outside")
     blocks = blocks_of(model)
+    if torch.device(config.device or "cpu").type == "cuda" and not torch.cuda.is_available():
+        raise AespaError(f"device {config.device!r}: torch finds no GPU here")
     if not isinstance(tokens, Mapping):
         check_tokens(tokens, model)
+    elif wrong := [name for name, value in tokens.items() if not isinstance(value, Tensor)]:
+        raise AespaError(f"inputs must be tensors, sequences first; {wrong[0]} is a {type(tokens[wrong[0]]).__name__}")
+    elif tokens.get("input_ids") is not None:
+        check_tokens(tokens["input_ids"], model)
     sizes = {len(t) for t in as_inputs(tokens).values()}
     if len(sizes) != 1 or 0 in sizes:
         raise AespaError(f"all inputs need the same number of sequences, at least one; got {sorted(sizes)}")
@@ -178,9 +184,11 @@ def tune_model(run: "Run") -> None:
     steps = dict(iterations=run.config.end_to_end, seed=run.config.seed, progress=run.progress)
     with phase("end to end"), working_on(run.model, run.device):
         found = tune_end_to_end(run.model, run.report.layers, run.predictions, **steps)
-    run.report.layers = found.records
+    modules, run.report.layers = dict(run.model.named_modules()), found.records
     if found.step == 0:
         run.report.notes.append("learning end to end gained nothing on the sequences kept back and was dropped")
+    if others := sum(not isinstance(modules.get(name), nn.Linear) for name in found.records):
+        run.report.notes.append(f"end to end: {others} linears are no nn.Linear and keep their scales")
 
 # %% ../../nbs/quantize/67_run.ipynb #b06387fb
 def _owners(model: PreTrainedModel) -> dict[str, str]:
@@ -261,7 +269,8 @@ class Run:
                 header = run_header(model, self.inputs, config)
                 self.journal = stack.enter_context(open_journal(self.folder, header))
             self.peak, self.start = stack.enter_context(peak_memory(self.device)), time.perf_counter()
-            stack.callback(model.train, model.training)
+            for module in model.modules():
+                stack.callback(setattr, module, "training", module.training)
             model.eval()  # no dropout
             stack.enter_context(capturing(model))
             linears = sum(len(linears_of(block)) for block in blocks_of(model).values())

@@ -98,6 +98,13 @@ def test_what_does_not_help_is_dropped(case):
     assert records is c.records and stays(c)
 
 
+def test_nothing_to_learn_changes_nothing(case, monkeypatch):
+    c = case("llama")
+    monkeypatch.setattr("aespa_nb.model.block_tuning.norm_weights", lambda block: {})
+    records, losses = tune_scales(c.block, {}, c.stream, c.target)
+    assert records == {} and losses == [] and stays(c)
+
+
 def test_scales_stay_positive(case):
     c = case("llama", 16)
     for n, r in tune(c, iterations=5, lr=2.0)[0].items():

@@ -123,3 +123,30 @@ def test_linears_that_are_no_modules_keep_their_scales():
     assert all(not isinstance(full.get_submodule(n), nn.Linear) for n in report.layers)
     assert all(torch.equal(r.grid.scale, after.layers[n].grid.scale) for n, r in report.layers.items())
     assert kl(tuned, full) < kl(model, full)
+    assert any("8 linears are no nn.Linear" in note for note in after.notes)
+
+
+def test_weights_that_blocks_share_stay():
+    full = loud()
+    full.model.layers[1].mlp = full.model.layers[0].mlp
+    model, report = rounded(full)
+    kept = Predictions(full, TOKENS)
+    found = tune_end_to_end(model, report.layers, kept, iterations=20)
+    left = float(kept.divergence(model, torch.randperm(12, generator=torch.Generator().manual_seed(0))[:1]))
+    assert found.step and left < found.curve[0][2] and left == pytest.approx(min(c[2] for c in found.curve), rel=1e-5)
+    shared = [n for n in report.layers if "mlp" in n]
+    assert shared and all(torch.equal(found.records[n].grid.scale, report.layers[n].grid.scale) for n in shared)
+
+
+def test_padding_has_no_weight():
+    full = loud()
+    model, report = rounded(full)
+    mask = torch.ones_like(TOKENS)
+    mask[:8, 4:] = 0
+    inputs = dict(input_ids=TOKENS * mask, attention_mask=mask)
+    learn = lambda size: tune_end_to_end(
+        copy.deepcopy(model), report.layers, Predictions(full, inputs, size), iterations=3
+    )
+    curves = [learn(size).curve for size in (1, 4)]
+    assert curves[0][0][2] == pytest.approx(curves[1][0][2], rel=1e-4)
+    assert curves[0][-1] == pytest.approx(curves[1][-1], rel=1e-3)

@@ -88,12 +88,20 @@ def test_groups_and_symmetric_grids(group_size, symmetric):
 
 def test_attention_and_training_mode_are_put_back():
     model = fresh("llama").train()
+    model.model.norm.eval()
     before = model.config._attn_implementation
     quantize_model(model, TOKENS, quick("rtn"))
-    assert model.training and model.config._attn_implementation == before
+    assert model.training and not model.model.norm.training and model.config._attn_implementation == before
     with refused("tokenizer"):
         quantize_model(model, TOKENS + 64, quick("rtn"))
     assert model.config._attn_implementation == before
+
+
+def test_tuning_changes_no_code_of_the_block_that_it_tunes():
+    plain, tuned = (quantize_model(fresh(), TOKENS, quick("gptq", tuning=n)).layers for n in (0, 3))
+    first = [name for name in plain if "layers.0." in name]
+    assert first and all(torch.equal(plain[name].words, tuned[name].words) for name in first)
+    assert any(not torch.equal(plain[name].grid.scale, tuned[name].grid.scale) for name in first)
 
 
 def test_losses_of_a_layer_are_its_output_error():
@@ -167,7 +175,8 @@ def test_peak_memory_stays_below_the_budget(model, preset, threads):
 
 BAD = dict(bits=[1, 9, 2.5], iterations=[0], group_size=[0], samples=[0], batch_size=[0], tuning=[-1])
 BAD |= dict(objective=["block"], solver=["adam"], grid=["mse"], dtype=[torch.float16], iteration=[3])
-BAD |= dict(lr=[-1.0], damping=[-0.1], pseudo_tokens=[-1.0], correction=[1.5])
+BAD |= dict(lr=[-1.0, float("inf")], damping=[-0.1, float("nan")], pseudo_tokens=[-1.0], correction=[1.5])
+BAD |= dict(seed=[-1, 2**64], device=["gpu", "cuda:x"])
 BAD |= dict(keep=[{"down_proj": 1}, {"down_proj": 12}])
 BAD_FIELDS = [{field: value} for field in BAD for value in BAD[field]] + [dict(grid="minmax", zfold=True)]
 
@@ -195,6 +204,12 @@ def test_bad_tokens_are_refused_and_the_model_is_left_alone(case):
         quantize_model(model, tokens, quick())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with refused("finds no GPU"):
+        quantize_model(fresh(), TOKENS, quick("rtn", device="cuda:0"))
+
+
 def test_unknown_architectures_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32))
     with refused("gpt2") as error:
@@ -203,13 +218,14 @@ def test_unknown_architectures_are_refused():
 
 
 def test_models_that_are_not_as_they_were_loaded_are_refused(tmp_path):
-    adapted, hot, rounded = fresh(), fresh(), fresh()
+    adapted, hot, rounded, spread = fresh(), fresh(), fresh(), fresh()
     adapted.lm_head.base_layer = adapted.lm_head.weight
     hot.generation_config.temperature = 0.7
     rounded.config._name_or_path = str(tmp_path)
     (tmp_path / "quantization.json").touch()
+    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     cases = dict(module=torch.nn.Sequential(fresh()), offloaded=fresh().to("meta"), adapters=adapted, do_sample=hot)
-    for words, model in (cases | dict(rounded=rounded)).items():
+    for words, model in (cases | dict(rounded=rounded, spread=spread)).items():
         with refused(words):
             quantize_model(model, TOKENS, quick())
     with refused("do_sample"):
@@ -245,8 +261,11 @@ def test_a_dictionary_of_inputs_is_as_good_as_tokens():
     for model, inputs in zip(models, (TOKENS, BatchEncoding(dict(input_ids=TOKENS)))):
         quantize_model(SimpleNamespace(_orig_mod=model), inputs, quick("gptq"))  # as torch.compile wraps it
     assert same(*(dict(model.named_parameters()) for model in models))
-    with refused("can't be called with input_ids"):
-        quantize_model(models[0], dict(input_ids=TOKENS + 64), quick("gptq"))
+    for bad, words in ((TOKENS + 64, "tokenizer"), (TOKENS.tolist(), "is a list")):
+        with refused(words):
+            quantize_model(models[0], dict(input_ids=bad), quick("gptq"))
+    with refused("can't be called with numbers"):
+        quantize_model(models[0], dict(numbers=TOKENS), quick("gptq"))
     with refused("same number"):
         quantize_model(models[0], dict(input_ids=TOKENS, attention_mask=TOKENS[:2]), quick("gptq"))
 
