@@ -20,6 +20,7 @@ from transformers.masking_utils import eager_mask
 from transformers.utils import logging
 
 from ..attention.forward import attention_output, causal_mask, repeat_kv
+from ..errors import AespaError
 
 # %% ../../nbs/model/44_capture.ipynb #c12prob
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Probabilities:
 
     def __getitem__(self, at) -> Float[Tensor, "..."]:
         at = at if isinstance(at, tuple) else (at,)
+        if len(at) > 3 or any(i is Ellipsis for i in at) or isinstance(at[-1], int) and len(at) == 3:
+            raise AespaError("probabilities are asked for as A[batch, heads, queries], with several queries")
         batch, heads, queries = (*at, *[slice(None)] * 3)[:3]
         shared = torch.arange(self.Q.shape[1])[heads] // (self.Q.shape[1] // self.K.shape[1])
         Q, K = self.Q[batch][..., heads, :, :][..., queries], self.K[batch][..., shared, :, :]
@@ -114,15 +117,22 @@ AttentionMaskInterface.register(NAME, eager_mask)
 @contextlib.contextmanager
 def capturing(model: PreTrainedModel) -> Iterator[None]:
     "Within this context `model` computes attention so that `capture_attention` can see it, and experts one by one."
-    before = model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)
-    use_attention(model, NAME, "eager" if before[1] else None)
+    of = lambda part: getattr(part, "_attn_implementation", None)
+    parts = {name: used for name in model.config.sub_configs if (used := of(getattr(model.config, name, None)))}
+    before = {"": of(model.config), **parts} if parts else of(model.config)
+    experts = getattr(model.config, "_experts_implementation", None)
+    use_attention(model, NAME, "eager" if experts else None)
     try:
         yield
     finally:
-        use_attention(model, *before)
+        use_attention(model, before, experts)
 
 
-def use_attention(model: PreTrainedModel, attention: str, experts: str | None = None) -> None:
+def use_attention(
+    model: PreTrainedModel,
+    attention: str | dict[str, str],  # by part of the configuration ("": the rest), or one for all
+    experts: str | None = None,
+) -> None:
     "Sets what computes attention and experts; where a model has no choice, its warning is silenced."
     level = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -172,7 +182,8 @@ class Watch(TorchFunctionMode):
         elif f in _BIASED:
             self.scores = args[1:3] if len(args) > 2 else (kwargs["batch1"], kwargs["batch2"])
         elif f is F.linear or f in _PRODUCTS:
-            self.multiplied(args[0], args[1], out, f is not F.linear)
+            a, b = (*args, *kwargs.values())[:2]
+            self.multiplied(a, b, out, f is not F.linear)
         elif self.added and f in _SUMS and all(isinstance(t, Tensor) for t in args[:2]):
             self.added(*args[:2], out)
         elif self.softmax and isinstance(out, Tensor) and args and any(args[0] is t for t in self.same):
@@ -189,5 +200,5 @@ class Watch(TorchFunctionMode):
             self.softmax, self.same = None, []
             heads = lambda t: t if t.ndim == 4 else t.unflatten(0, A.shape[:2])
             _tell(None, heads(query).transpose(-1, -2), heads(key), heads(b).transpose(-1, -2), a.reshape(A.shape))
-        elif plain:
+        elif plain and min(a.ndim, b.ndim) > 1:
             self.scores = a, b

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..attention.forward import Rotations, attention_output, merge_heads, repeat_kv, rotate
 from ..errors import NumericalError, UnsupportedModelError
-from .blocks import LINEARS, expert_matrices, linears_of, weight_of
+from .blocks import LINEARS, expert_matrices, kind_of, linears_of, weight_of
 from .capture import Watch, capture_attention
 
 # %% ../../nbs/model/45_roles.ipynb #bab4f20c
@@ -244,10 +244,9 @@ def map_block(
     routed = {e.name for e in trace.ran if e.x.numel() != e.x.shape[-1] * tok} - serving
     routed |= set(experts.values()) & ran
     idle = [n for n in linears_of(block) if n not in ran]
-    stack_of = lambda name: name.rpartition(".")[0]
-    for stack in {stack_of(n) for n in routed if n.rpartition(".")[2].isdigit()}:
-        last = max(i for i, g in enumerate(groups) if stack_of(g[0]) == stack)
-        more = [n for n in idle if stack_of(n) == stack]
+    for kind in {kind_of(n) for n in routed if kind_of(n) != n}:  # numbered: one of several experts
+        last = max(i for i, g in enumerate(groups) if kind_of(g[0]) == kind)
+        more = [n for n in idle if kind_of(n) == kind]
         groups[last + 1 : last + 1] = [(n,) for n in more]
         routed, idle = routed | set(more), [n for n in idle if n not in more]
     missing = "no linear reads the attention output itself"

@@ -19,7 +19,7 @@ from ..attention.any_position import MeasuredStatistics
 from ..attention.feed_forward import feed_forward_metric, slopes
 from ..attention.gauss_newton import GaussNewtonStatistics, output_metric, query_strides
 from ..attention.kronecker_losses import AttentionShape, AttentionStatistics, KroneckerLoss
-from ..errors import UnsupportedModelError
+from ..errors import AespaError, UnsupportedModelError
 from .blocks import expert_matrices, kind_of, reading_inputs, weight_of
 from .capture import Watch, capture_attention, use_attention
 from .memory import trim_memory
@@ -266,8 +266,10 @@ def _end_of(found: BlockMap, heads: list[str], calls) -> str | None:
     if any(head in found.routed for head in heads):
         return None
     numbers = [i for i, name in enumerate(found.order) if name == ""]
-    last = max([numbers[i] for i in calls] + [found.order.index(head) for head in heads if head in found.order])
-    after = [n for n in found.order[last:] if n and n not in found.routed]  # what a linear reads is read before it runs
+    places = [i for i, name in enumerate(found.order) if name in heads]
+    once = [n for n in found.order if n and n not in found.routed and found.order.count(n) == 1]
+    last = max([numbers[i] for i in calls] + places)
+    after = [n for n in found.order[last:] if n in once]  # what a linear reads is read before it runs
     return after[0] if after else None
 
 # %% ../../nbs/model/46_statistics.ipynb #49832ff2
@@ -340,7 +342,8 @@ def _pooled(inputs: dict, found: BlockMap) -> tuple[dict[tuple, tuple[Hessian, i
             pooled = mirror_(total).div_(tokens) if tokens else torch.eye(len(total)).to(total)
             hessians |= dict.fromkeys(poor, (pooled, tokens))
             few = f"{len(poor)} of {len(grams)} linears like {poor[0][0]} saw too few tokens"
-            notes.append(f"{few}: statistics pooled")
+            made = "pooled" if len(grams) > 1 else "of low rank"
+            notes.append(f"{few}: statistics {made if tokens else 'replaced by the identity'}")
     return hessians, notes
 
 # %% ../../nbs/model/46_statistics.ipynb #0697b157
@@ -366,15 +369,17 @@ def block_losses(
     pseudo_tokens: float = 0.0,  # tokens of white noise for each input that accumulated errors are damped with
 ) -> BlockLosses:
     "Losses of `block` from one pass; with the last group the `full` stream moves on to the next block."
+    if objective not in ("layer", "attention", "gauss-newton"):
+        raise AespaError(f"objective {objective!r}: choose layer, attention or gauss-newton")
     found = found or survey(model, block, stream)
     groups, group_of, inputs, attentions = groups or found.groups, found.group_of, {}, {}
     dtype = torch.promote_types(stream.dtype, torch.float32)
     parts, routed = parts_of(block, found), found.routed
     for group in groups:
-        head, paired = group[0], full is not None and group[0] not in routed
-        gram = (PairedGram if paired else Gram)(weight_of(block, head).shape[1], stream.device, dtype)
         keys = [key for key, part in parts.items() if group_of[part.linear] == group]
-        if keys:  # a linear that runs twice counts where it runs last
+        if keys:  # a linear that runs twice is of the group where it runs last
+            head, paired = parts[keys[0]].linear, full is not None and group[0] not in routed
+            gram = (PairedGram if paired else Gram)(weight_of(block, head).shape[1], stream.device, dtype)
             inputs[group] = InputCollector(head, keys, gram, found.readers.get(head) if paired else None)
     for i, attention in enumerate(found.attentions if objective != "layer" else ()):
         keys, read = {p.role: key for key, p in parts.items() if p.call == i}, {}

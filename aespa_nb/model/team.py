@@ -23,13 +23,12 @@ from ..errors import AespaError
 
 # %% ../../nbs/model/42_team.ipynb #c16talk
 @contextlib.contextmanager
-def _talking() -> Iterator[None]:
+def _talking(what: str = "lost another process of this run, which says why if it could") -> Iterator[None]:
     "Errors of a conversation as one line."
     try:
         yield
     except RuntimeError as e:
-        reason = str(e).strip().partition("\n")[0][:120]
-        raise AespaError(f"lost another process of this run, which says why if it could ({reason})") from e
+        raise AespaError(f"{what} ({str(e).strip().partition(chr(10))[0][:120]})") from e
 
 # %% ../../nbs/model/42_team.ipynb #c16team
 @dataclass(frozen=True)
@@ -116,13 +115,15 @@ def joined(
     if size == "1":
         yield ALONE
         return
+    if wrong := [f"{n}={v}" for n in ("WORLD_SIZE", "RANK") if not (v := os.environ.get(n, "0")).isdecimal()]:
+        raise AespaError(f"{wrong[0]} is no number: start with torchrun, or unset WORLD_SIZE")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise AespaError(f"WORLD_SIZE is {size} but {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE")
     local, gpus, wait = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count(), datetime.timedelta(hours=hours)
     if local < gpus:
         torch.cuda.set_device(local)  # what "cuda" means from now on
-    with _talking():
+    with _talking("the processes could not meet at {MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)):
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)

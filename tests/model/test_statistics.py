@@ -8,11 +8,13 @@ from unittest import mock
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from aespa_nb.attention.any_position import MeasuredStatistics
 from aespa_nb.attention.forward import repeat_kv
+from aespa_nb.errors import AespaError
 from aespa_nb.model.blocks import stacks_of
-from aespa_nb.model.capture import capture_attention, capturing
+from aespa_nb.model.capture import Probabilities, Watch, capture_attention, capturing
 from aespa_nb.model.phases import timed
 from aespa_nb.model.roles import Role
 from aespa_nb.model.statistics import AttentionCollector, Batch, InputCollector, block_losses, parts_of, survey
@@ -197,3 +199,61 @@ def test_a_constant_factor_before_attention_is_in_the_losses():
     mean = keys.double().unflatten(-1, (-1, d)).mean(1)  # [seq heads d]
     expected = q - torch.einsum("shd,she->hde", mean, mean) / len(mean) / d
     assert apart(measured["self_attn.q_proj"].G, expected) < 0.08
+
+
+def test_an_objective_that_is_none_is_refused():
+    with first_block("llama") as (model, block, stream), pytest.raises(AespaError, match="gauss-newton"):
+        block_losses(model, block, stream, "gauss_newton")
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_linear_that_runs_twice_is_read_to_the_end_in_a_pass_that_stops_early(early):
+    with first_block("llama") as (model, block, stream):
+        inner, gate, read = block.mlp.forward, block.mlp.gate_proj, []
+        block.mlp.forward = lambda x: inner(x) + gate(2 * x).mean()
+        found = survey(model, block, stream)
+        group = [group for group in found.groups if "mlp.gate_proj" in group][-1]
+        gate.register_forward_pre_hook(lambda module, args: read.append(args[0].mT))
+        losses = block_losses(model, block, stream, "layer", groups=[group] if early else None, found=found).losses
+    gram = Gram(32, dtype=torch.float64)
+    list(map(gram.add, read))
+    assert gram.tokens == 2 * TOKENS.numel()
+    assert_close(losses["mlp.gate_proj"].H, gram.mean(), rtol=1e-9, atol=1e-12)
+
+
+def test_capturing_puts_back_what_each_part_of_a_model_had():
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision, text = dict(size, image_size=8, patch_size=4), dict(size, vocab_size=64)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text))
+    model = LlavaForConditionalGeneration(config)
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    parts = lambda: [c._attn_implementation for c in (config.vision_config, config.text_config)]
+    with capturing(model):
+        assert parts() == ["aespa_nb", "aespa_nb"]
+    assert parts() == ["eager", "sdpa"]
+
+
+def test_a_forward_that_somebody_has_put_there_stays():
+    model = small("llama")
+    block = model.model.layers[0]
+    block.forward = forward = block.forward
+    with contextlib.closing(open_stream(model, as_inputs(TOKENS), 2)):
+        pass
+    assert block.forward is forward
+
+
+@pytest.mark.parametrize("at", [(0, 1, 2), (..., slice(2)), (0, 0, [0], 0)])
+def test_probabilities_refuse_what_they_would_get_wrong(at):
+    A = Probabilities(torch.randn(2, 4, 8, 5), torch.randn(2, 2, 8, 5))
+    with pytest.raises(AespaError, match="several queries"):
+        A[at]
+
+
+def test_a_watch_takes_products_by_name_and_of_vectors():
+    heard, (Q, K, V) = [], torch.randn(3, 1, 2, 4, 8)
+    with capture_attention(lambda *args: heard.append(args)), Watch():
+        torch.dot(Q[0, 0, 0], K[0, 0, 0]), Q[0, 0, 0] @ K[0, 0, 0]
+        torch.softmax(torch.randn(1, 2, 4, 4), -1)
+        A = torch.matmul(Q, other=K.mT).softmax(-1)
+        torch.matmul(A, other=V)
+    assert len(heard) == 1 and torch.equal(heard[0][4], A)

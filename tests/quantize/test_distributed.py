@@ -233,6 +233,10 @@ def test_without_the_variables_of_a_launcher_a_process_is_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("WORLD_SIZE is 2 but RANK"), joined():
         pass
+    monkeypatch.setenv("RANK", "x")
+    with refused("RANK=x is no number"), joined():
+        pass
+    monkeypatch.delenv("RANK")
     assert main([]) == 2
 
 
