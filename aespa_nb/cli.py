@@ -286,7 +286,8 @@ def compare(
     model, tokenizer = source.load()
     calib, heldout, said = text.read(model, tokenizer)
     seqlen, bundled = calib.shape[1], load_reference().calib
-    draw = lambda seed: calibration_windows(text.calibration, tokenizer, text.samples, seqlen, seed, text.bos).tokens
+    of = (text.calibration, tokenizer, text.samples, seqlen)
+    draw = lambda seed: calibration_windows(*of, seed, text.bos, model).tokens
     if text.calibration == "reference" and seqlen == bundled.shape[1]:
         draw = comparison.drawing(bundled, text.samples)
         said["calibration"] = f"{text.samples} of the bundled sequences of {seqlen} tokens"

@@ -194,7 +194,7 @@ class Recipe(Changes):
 TEXT_SOURCES = (
     "wikitext2, c4, ptb, reference (bundled), handbook (aespa_nb fetch handbook), "
     "org/name\\[/config]\\[:split\\[:column]] on the Hugging Face hub, a folder, "
-    "a .txt, .md, .jsonl, .json or .parquet file\\[:column], - for standard input, "
+    "a .txt, .md, .jsonl, .json or .parquet file\\[:column], - for standard input, self (what the model writes), "
     "or several with weights, e.g. chats.jsonl:messages*3,notes.txt"
 )
 Seqlen = option(int | None, "Text", "Tokens in a window.", min=2, show_default="the model's length, at most 2048")
@@ -237,7 +237,7 @@ class Text:
 
         place = self.evaluation or self.calibration
         seqlen = window_length(self.seqlen, model, tokenizer, self.calibration, place)
-        calib = calibration_windows(self.calibration, tokenizer, self.samples, seqlen, seed, self.bos)
+        calib = calibration_windows(self.calibration, tokenizer, self.samples, seqlen, seed, self.bos, model)
         apart = place != self.calibration  # then a file is used whole, not its last tenth
         heldout = evaluation_windows(place, tokenizer, seqlen, self.eval_samples, bos=self.bos, whole=apart)
         said = dict(calibration=str(calib.origin), evaluation=str(heldout.origin))

@@ -41,7 +41,7 @@ guides/93_gpu | 512 | a title
 guides/94_serve | 256 128,256 4,096 1.05 512 | 8 bits; LLaMA 3's head and its bytes; the windows
 index | 3.10 | a version
 model/41_memory | 13.6 4096 128 | 14 less 0.4; an example
-model/43_stream | 205 | 40 x 5
+model/43_stream | 205 | 41 x 5
 model/48_block_tuning | 85 1.0001 960 1000 | product of the shares; an example; 24 x 40; cited there
 model/49_end_to_end | 1,600 | 16 x 100
 quantize/60_config | 0.06 1.5 | 30 / 500; the paper's

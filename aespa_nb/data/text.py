@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'Reference', 'load_reference', 'random_windows', 'consecutive_windows', 'Corpus', 'Text', 'read_text',
-           'Origin', 'Windows', 'begins_with_bos', 'mixture', 'calibration_windows', 'evaluation_windows',
+           'Origin', 'Windows', 'begins_with_bos', 'mixture', 'own_words', 'calibration_windows', 'evaluation_windows',
            'shared_text', 'shared_warning', 'check_tokens']
 
 # %% ../../nbs/data/30_text.ipynb #73a28dfc
@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .fetch import need_fetched
-from ..errors import AespaError
+from ..errors import AespaError, NumericalError
 
 # %% ../../nbs/data/30_text.ipynb #ad3f9be1
 class Reference(NamedTuple):
@@ -335,6 +336,47 @@ def _mixed(source: str, parts: list[Windows]) -> Windows:
     size = dict(available=sum(p.origin.available for p in parts), windows=len(tokens))
     return Windows(tokens, parts[0].origin._replace(source=source, place=source, split=split, **size))
 
+# %% ../../nbs/data/30_text.ipynb #30self02
+def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    "What stands before the first word: of a conversation if the tokenizer has a template for it, else of a text."
+    if getattr(tokenizer, "chat_template", None):
+        talk = tokenizer.apply_chat_template([dict(role="user", content="WORDS")], tokenize=False)
+        return tokenizer(talk.partition("WORDS")[0], add_special_tokens=False)["input_ids"]
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if begin is None:
+        raise AespaError("self: the tokenizer has neither BOS nor EOS to begin with: name a text")
+    return [begin]
+
+
+@torch.no_grad()
+def own_words(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seqlen: int,
+    seed: int = 0,
+    batch_size: int = 16,  # sequences that are written at a time
+) -> Int[Tensor, "samples seqlen"]:
+    "What the model writes by itself. Raises `AespaError` if it can't begin, `NumericalError` for NaN in predictions."
+    begin, generator = torch.tensor(_opening(tokenizer)), torch.Generator().manual_seed(seed)
+    if len(begin) >= seqlen:
+        raise AespaError(f"self: a conversation begins with {len(begin)} tokens: raise seqlen, now {seqlen}")
+    written, steps = [], tqdm(total=samples * (seqlen - len(begin)), desc="the model writes", leave=False, disable=None)
+    for size in (len(part) for part in torch.arange(samples).split(batch_size)):
+        tokens, cache = begin.expand(size, -1), None
+        new = tokens
+        while tokens.shape[1] < seqlen:
+            out = model(new.to(model.device), past_key_values=cache, use_cache=True)
+            p, cache = out.logits[:, -1].float().softmax(-1).cpu(), out.past_key_values
+            if not p.isfinite().all():
+                raise NumericalError("self: the model's predictions have NaN or Inf: load it as torch.float32")
+            new = torch.multinomial(p, 1, generator=generator)
+            tokens = torch.cat([tokens, new], 1)
+            steps.update(size)
+        written.append(tokens)
+    steps.close()
+    return torch.cat(written)
+
 # %% ../../nbs/data/30_text.ipynb #c13cwin0
 def calibration_windows(
     source: str,  # spelled as in the table above
@@ -343,13 +385,19 @@ def calibration_windows(
     seqlen: int = 2048,
     seed: int = 0,
     bos: bool | None = None,  # begin each window with BOS; None: where the tokenizer begins a text with it
+    model: PreTrainedModel | None = None,  # that is to be calibrated: the source `self` has its own words
 ) -> Windows:
     "Seeded random windows of the calibration split; `reference` has ids that are taken as they are."
     if len(shares := mixture(source)) > 1:
-        draw = lambda name, n: calibration_windows(name, tokenizer, n, seqlen, seed, bos)
+        draw = lambda name, n: calibration_windows(name, tokenizer, n, seqlen, seed, bos, model)
         mixed = _mixed(source, [draw(name, n) for name, n in zip(shares, _shared_out(samples, shares))])
         order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
         return mixed._replace(tokens=mixed.tokens[order])  # no text comes first
+    if source == "self":
+        if model is None:
+            raise AespaError("self is what the model itself writes: calibration_windows(..., model=model)")
+        origin = Origin(source, "the model itself", "its own words", samples * seqlen, samples, seqlen, f"seed {seed}")
+        return Windows(own_words(model, tokenizer, samples, seqlen, seed), origin)
     ids, begin, place, split = _run_of_tokens(source, tokenizer, False, bos)
     tokens = _begin(random_windows(ids, samples, seqlen - len(begin), seed), begin)
     order = f"random windows{' behind BOS' if begin else ''}, seed {seed}"
@@ -370,6 +418,8 @@ def evaluation_windows(
         counts = [None] * len(shares) if samples is None else _shared_out(samples, shares)
         take = lambda name, n: evaluation_windows(name, tokenizer, seqlen, n, stride, bos, whole)
         return _mixed(source, [take(name, n) for name, n in zip(shares, counts)])
+    if source == "self":
+        raise AespaError("self calibrates and can't measure: name another text for evaluation (--evaluation)")
     ids, begin, place, split = _run_of_tokens(source, tokenizer, True, bos, whole)
     stride = None if stride == seqlen else stride
     tokens = _begin(consecutive_windows(ids, seqlen - len(begin), stride)[:samples], begin)
