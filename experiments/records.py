@@ -34,7 +34,7 @@ OWNERS = {  # record -> the commands that make it, as words behind `python`
         "kills --count 300", "kills --count 100 --ranks 2", "disk --count 30")],
     **{name: [[f"{HERE}/{name}.py"]] for name in (
         "bits", "texts", "arithmetic", "families", "formats", "hostile", "torture", "pays", "smollm2", "llama_cpp",
-        "situations")},
+        "situations", "chat")},
     "attention": [[f"{HERE}/pays.py", "attention"]],
     **{name: [[f"{HERE}/cost.py", word]] for name, word in dict(
         cost="growth", plan="estimates", loading="loading", scale="processes").items()},

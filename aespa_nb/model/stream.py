@@ -110,13 +110,16 @@ def _same(a, b) -> bool:
     return not isinstance(a, Tensor) or torch.equal(a, b)
 
 
-def _own(model, calls: list[dict], others: list[dict]) -> dict[int | str, list]:
-    "A list for each argument that two sequences do not share. Raises `UnsupportedModelError` if one is no tensor."
-    own = {k: [] for a, b in zip(calls, others) for k in a if not _same(a[k], b[k])}
-    for key in own:
-        if not isinstance(calls[0].get(key), Tensor):
-            raise _unsupported(model, f"gives each sequence {key} of its own (positions that differ, perhaps)")
-    return own
+def _shared(many, one, size: int) -> bool:
+    "Whether what a batch of `size` sequences is given is what one of them is given, once or repeated."
+    if isinstance(many, Mapping):
+        many, one = list(many.values()), list(one.values())
+    if isinstance(many, (tuple, list)):
+        return all(_shared(a, b, size) for a, b in zip(many, one))
+    if not (isinstance(many, Tensor) and isinstance(one, Tensor)):
+        return isinstance(many, Tensor) == isinstance(one, Tensor)
+    parts = many.chunk(size) if many.ndim and many.shape != one.shape else [many]
+    return all(torch.equal(part, one) for part in parts)
 
 
 def _to(value, device, dtype):
@@ -150,7 +153,7 @@ class BlockStream:
         mine = team.part(total, batch_size)
         with phase("embed"):
             calls = _calls(model, blocks, part(0, 1))
-            own = _own(model, calls, _calls(model, blocks, part(1, 2)) if total > 1 else calls)
+            own = {}  # lists of arguments that sequences do not share
             for at in range(mine.start, mine.stop, batch_size):
                 size = min(batch_size, mine.stop - at)
                 hidden, [(args, kwargs)] = _catch(model, blocks, part(at, at + size))
@@ -160,11 +163,18 @@ class BlockStream:
                 if at == mine.start:
                     self.hidden = in_new_file((mine.stop - mine.start, *hidden.shape[1:]), self.dtype)
                     longer = lambda a, b: isinstance(a, Tensor) and a.ndim and len(a) < len(b)
-                    self.repeated = {k for k, v in calls[0].items() if longer(v, call[k])} - own.keys()
+                    self.repeated = {k for k, v in calls[0].items() if longer(v, call[k])}
                 self.hidden[at - mine.start :][:size] = hidden
+                for key in [k for k in call if k not in own and not _shared(call[k], calls[0].get(k), size)]:
+                    tensors = isinstance(call[key], Tensor) and isinstance(calls[0].get(key), Tensor)
+                    if not tensors or not all(_same(calls[0][key], c.get(key)) for c in calls):
+                        what = "positions that differ, perhaps, or a mask with gaps"
+                        raise _unsupported(model, f"gives each sequence {key} of its own ({what})")
+                    own[key] = [calls[0][key]] * (at - mine.start)  # all before shared it
                 for key, kept in own.items():
                     kept.extend(call[key].split(len(call[key]) // size))
         self.own = {key: torch.stack(kept) for key, kept in own.items()}  # arguments that belong to their sequence
+        self.repeated -= own.keys()
         self.calls = [_to(call, self.device, self.dtype) for call in calls]
         self.tokens = self.hidden.shape[:2].numel()  # of this process's sequences
         self.all_tokens = total * self.hidden.shape[1]  # of all processes

@@ -1,8 +1,10 @@
 """Windows, texts and where they are from."""
 
+import copy
 import io
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from aespa_nb.data.text import (
     evaluation_windows,
     load_reference,
     mixture,
+    own_words,
     random_windows,
     read_text,
     shared_text,
@@ -208,3 +211,40 @@ def test_shared_text_is_said(tmp_path):
     calib, heldout = (f("reference", tokenizer, seqlen=256) for f in both)
     assert shared_warning(calib, heldout) is None
     assert "the same text" in shared_warning(calib, heldout._replace(origin=calib.origin))
+
+
+def test_what_a_model_writes_comes_from_its_predictions():
+    "A model that predicts each token's successor writes the numbers in a row."
+
+    class Counts(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, tokens, past_key_values=None, use_cache=True):
+            seen.append(tokens.shape[1])
+            logits = torch.full((*tokens.shape, 64), -30.0).scatter(-1, (tokens[..., None] + 1) % 64, 30.0)
+            return SimpleNamespace(logits=logits, past_key_values=True)
+
+    seen, begin = [], SimpleNamespace(bos_token_id=None, eos_token_id=5, chat_template=None)
+    tokens = own_words(Counts(), begin, samples=3, seqlen=8, batch_size=2)
+    assert torch.equal(tokens, torch.arange(5, 13).expand(3, -1)) and seen == [1] * 14
+    with pytest.raises(AespaError, match="neither BOS nor EOS"):
+        own_words(Counts(), SimpleNamespace(bos_token_id=None, eos_token_id=None), 1, 8)
+
+
+def test_its_own_words_calibrate_in_a_mixture_and_do_not_measure(tmp_path):
+    model, tokenizer, *_ = load_reference()
+    (tmp_path / "notes.txt").write_text("A tensor is an array. " * 200)
+    mixed = f"{tmp_path}/notes.txt,self"
+    windows = calibration_windows(mixed, tokenizer, 4, 16, model=model)
+    own = own_words(model, tokenizer, 2, 16)
+    assert sum(any(torch.equal(w, o) for o in own) for w in windows.tokens) == 2
+    assert "its own words" in str(windows.origin)
+    for read, words in ((calibration_windows, "model=model"), (evaluation_windows, "can't measure")):
+        with pytest.raises(AespaError, match=words):
+            read("self", tokenizer, seqlen=16)
+    talk = copy.deepcopy(tokenizer)
+    talk.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    begin = torch.tensor(talk("<|user|>", add_special_tokens=False)["input_ids"])
+    assert torch.equal(own_words(model, talk, 1, 16)[0, : len(begin)], begin)
+    with pytest.raises(AespaError, match="raise seqlen"):
+        own_words(model, talk, 1, len(begin))

@@ -12,7 +12,7 @@ from aespa_nb import AespaConfig
 # (What is not on it is told by how its name begins.)
 STAMPED = (
     *"compare llama scale loading pays attention smollm2 families formats".split(),
-    *"situations hostile demo texts layers campaign".split(),
+    *"situations hostile demo texts layers campaign torture chat".split(),
 )
 UNSTAMPED = [f"{name}.json" for name in records.OWNERS if not name.startswith(STAMPED)] + ["compare-*/runs/*.json"]
 # Made with descents of ten sweeps of single moves and two of chains, then of three of each; their pages say so.

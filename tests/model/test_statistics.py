@@ -233,15 +233,6 @@ def test_capturing_puts_back_what_each_part_of_a_model_had():
     assert parts() == ["eager", "sdpa"]
 
 
-def test_a_forward_that_somebody_has_put_there_stays():
-    model = small("llama")
-    block = model.model.layers[0]
-    block.forward = forward = block.forward
-    with contextlib.closing(open_stream(model, as_inputs(TOKENS), 2)):
-        pass
-    assert block.forward is forward
-
-
 @pytest.mark.parametrize("at", [(0, 1, 2), (..., slice(2)), (0, 0, [0], 0)])
 def test_probabilities_refuse_what_they_would_get_wrong(at):
     A = Probabilities(torch.randn(2, 4, 8, 5), torch.randn(2, 2, 8, 5))
