@@ -140,7 +140,7 @@ def quantize(
         storage.check()
         model, tokenizer = source.load()
         storage.check_model(model, tokenizer)
-        calib, heldout, said = text.read(model, tokenizer, recipe.seed)
+        calib, heldout, said = text.read(model, tokenizer, recipe.seed, not quiet)
         run = results.how_it_ran(options, told(said), [config])
         if auto_bits is not None:
             choices = (2, 3, 4, 8) if storage.form == "gptq" else bit_allocation.CHOICES
@@ -284,7 +284,7 @@ def compare(
     for one in runs:
         AespaConfig.preset(one.preset, one.bits, group_size=one.group_size, **changed)  # refused now
     model, tokenizer = source.load()
-    calib, heldout, said = text.read(model, tokenizer)
+    calib, heldout, said = text.read(model, tokenizer, progress=not quiet)
     seqlen, bundled = calib.shape[1], load_reference().calib
     of = (text.calibration, tokenizer, text.samples, seqlen)
     draw = lambda seed: calibration_windows(*of, seed, text.bos, model).tokens
@@ -324,7 +324,7 @@ def plan(
     source.refuse_rounded()
     model, tokenizer = source.load()
     storage.check_model(model, tokenizer)
-    calib, heldout, said = text.read(model, tokenizer, recipe.seed)
+    calib, heldout, said = text.read(model, tokenizer, recipe.seed, not quiet)
     found = estimate_run(model, calib, config, heldout, out, source.file_dtype(model, config), storage.form != "dense")
     if as_json:
         print(json.dumps(asdict(found)))
@@ -382,7 +382,7 @@ def demo(
     names = [(preset, width) for width in bits for preset in presets]
     configs = [AespaConfig.preset(*name, **changes.given()) for name in names]
     model, tokenizer = source.load()
-    calib, heldout, said = text.read(model, tokenizer)
+    calib, heldout, said = text.read(model, tokenizer, progress=not quiet)
     options = {**asdict(changes), **asdict(text), "bits": bits, "presets": presets}
     run, dtype = results.how_it_ran(options, told(said), configs), source.file_dtype(model, configs[0])
     shown = dict(progress=not quiet, device=changes.device)

@@ -231,15 +231,16 @@ class Text:
     eval_samples: Windows = None
     bos: Bos = None
 
-    def read(self, model, tokenizer, seed: int = 0) -> tuple:
+    def read(self, model, tokenizer, seed: int = 0, progress: bool = False) -> tuple:
         "Tokens that calibrate, tokens that measure, and in words where they are from."
         from aespa_nb.data.text import calibration_windows, evaluation_windows, shared_warning
 
         place = self.evaluation or self.calibration
         seqlen = window_length(self.seqlen, model, tokenizer, self.calibration, place)
-        calib = calibration_windows(self.calibration, tokenizer, self.samples, seqlen, seed, self.bos, model)
         apart = place != self.calibration  # then a file is used whole, not its last tenth
         heldout = evaluation_windows(place, tokenizer, seqlen, self.eval_samples, bos=self.bos, whole=apart)
+        own = dict(model=model, progress=progress)  # what writes, if the source is `self`
+        calib = calibration_windows(self.calibration, tokenizer, self.samples, seqlen, seed, self.bos, **own)
         said = dict(calibration=str(calib.origin), evaluation=str(heldout.origin))
         return calib.tokens, heldout.tokens, said | dict(warning=shared_warning(calib, heldout))
 

@@ -356,12 +356,14 @@ def own_words(
     seqlen: int,
     seed: int = 0,
     batch_size: int = 16,  # sequences that are written at a time
+    progress: bool = False,  # show a progress bar
 ) -> Int[Tensor, "samples seqlen"]:
     "What the model writes by itself. Raises `AespaError` if it can't begin, `NumericalError` for NaN in predictions."
     begin, generator = torch.tensor(_opening(tokenizer)), torch.Generator().manual_seed(seed)
     if len(begin) >= seqlen:
         raise AespaError(f"self: a conversation begins with {len(begin)} tokens: raise seqlen, now {seqlen}")
-    written, steps = [], tqdm(total=samples * (seqlen - len(begin)), desc="the model writes", leave=False, disable=None)
+    total, shown = samples * (seqlen - len(begin)), dict(leave=False, disable=None if progress else True)
+    written, steps = [], tqdm(total=total, desc="the model writes", **shown)
     for size in (len(part) for part in torch.arange(samples).split(batch_size)):
         tokens, cache = begin.expand(size, -1), None
         new = tokens
@@ -386,10 +388,11 @@ def calibration_windows(
     seed: int = 0,
     bos: bool | None = None,  # begin each window with BOS; None: where the tokenizer begins a text with it
     model: PreTrainedModel | None = None,  # that is to be calibrated: the source `self` has its own words
+    progress: bool = False,  # show a bar while it writes
 ) -> Windows:
     "Seeded random windows of the calibration split; `reference` has ids that are taken as they are."
     if len(shares := mixture(source)) > 1:
-        draw = lambda name, n: calibration_windows(name, tokenizer, n, seqlen, seed, bos, model)
+        draw = lambda name, n: calibration_windows(name, tokenizer, n, seqlen, seed, bos, model, progress)
         mixed = _mixed(source, [draw(name, n) for name, n in zip(shares, _shared_out(samples, shares))])
         order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
         return mixed._replace(tokens=mixed.tokens[order])  # no text comes first
@@ -397,7 +400,7 @@ def calibration_windows(
         if model is None:
             raise AespaError("self is what the model itself writes: calibration_windows(..., model=model)")
         origin = Origin(source, "the model itself", "its own words", samples * seqlen, samples, seqlen, f"seed {seed}")
-        return Windows(own_words(model, tokenizer, samples, seqlen, seed), origin)
+        return Windows(own_words(model, tokenizer, samples, seqlen, seed, progress=progress), origin)
     ids, begin, place, split = _run_of_tokens(source, tokenizer, False, bos)
     tokens = _begin(random_windows(ids, samples, seqlen - len(begin), seed), begin)
     order = f"random windows{' behind BOS' if begin else ''}, seed {seed}"
