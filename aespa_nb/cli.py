@@ -286,8 +286,13 @@ def compare(
     model, tokenizer = source.load()
     calib, heldout, said = text.read(model, tokenizer, progress=not quiet)
     seqlen, bundled = calib.shape[1], load_reference().calib
-    of = (text.calibration, tokenizer, text.samples, seqlen)
-    draw = lambda seed: calibration_windows(*of, seed, text.bos, model).tokens
+    of, drawn = (text.calibration, tokenizer, text.samples, seqlen), {0: calib}
+
+    def draw(seed):
+        if seed not in drawn:
+            drawn[seed] = calibration_windows(*of, seed, text.bos, model, not quiet).tokens
+        return drawn[seed]
+
     if text.calibration == "reference" and seqlen == bundled.shape[1]:
         draw = comparison.drawing(bundled, text.samples)
         said["calibration"] = f"{text.samples} of the bundled sequences of {seqlen} tokens"

@@ -340,8 +340,16 @@ def _mixed(source: str, parts: list[Windows]) -> Windows:
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     "What stands before the first word: of a conversation if the tokenizer has a template for it, else of a text."
     if getattr(tokenizer, "chat_template", None):
-        talk = tokenizer.apply_chat_template([dict(role="user", content="WORDS")], tokenize=False)
-        return tokenizer(talk.partition("WORDS")[0], add_special_tokens=False)["input_ids"]
+        try:
+            before, found, _ = tokenizer.apply_chat_template(
+                [dict(role="user", content="WORDS")], tokenize=False
+            ).partition("WORDS")
+        except Exception as e:  # templates are programs
+            raise AespaError(f"self: the chat template takes no question alone ({e}): name a text") from e
+        if not found:
+            raise AespaError("self: the chat template changes what a user says: name a text")
+        if before:
+            return tokenizer(before, add_special_tokens=False)["input_ids"]
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if begin is None:
         raise AespaError("self: the tokenizer has neither BOS nor EOS to begin with: name a text")
@@ -359,21 +367,28 @@ def own_words(
     progress: bool = False,  # show a progress bar
 ) -> Int[Tensor, "samples seqlen"]:
     "What the model writes by itself. Raises `AespaError` if it can't begin, `NumericalError` for NaN in predictions."
+    if model.training:
+        raise AespaError("self: the model is in training mode, with dropout: call model.eval() first")
     begin, generator = torch.tensor(_opening(tokenizer)), torch.Generator().manual_seed(seed)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or seqlen
+    if seqlen > longest:
+        raise AespaError(f"self: windows of {seqlen} tokens exceed the model's {longest}: lower seqlen")
     if len(begin) >= seqlen:
         raise AespaError(f"self: a conversation begins with {len(begin)} tokens: raise seqlen, now {seqlen}")
     total, shown = samples * (seqlen - len(begin)), dict(leave=False, disable=None if progress else True)
     written, steps = [], tqdm(total=total, desc="the model writes", **shown)
     for size in (len(part) for part in torch.arange(samples).split(batch_size)):
-        tokens, cache = begin.expand(size, -1), None
+        tokens, known = begin.expand(size, -1), {}
         new = tokens
         while tokens.shape[1] < seqlen:
-            out = model(new.to(model.device), past_key_values=cache, use_cache=True)
-            p, cache = out.logits[:, -1].float().softmax(-1).cpu(), out.past_key_values
+            out = model(new.to(model.device), **known)
+            cache = getattr(out, "past_key_values", None)
+            p = out.logits[:, -1, : len(tokenizer)].float().softmax(-1).cpu()  # what lies behind is no token
             if not p.isfinite().all():
                 raise NumericalError("self: the model's predictions have NaN or Inf: load it as torch.float32")
-            new = torch.multinomial(p, 1, generator=generator)
-            tokens = torch.cat([tokens, new], 1)
+            chosen = torch.multinomial(p, 1, generator=generator)
+            tokens = torch.cat([tokens, chosen], 1)
+            new, known = (tokens, {}) if cache is None else (chosen, dict(past_key_values=cache))
             steps.update(size)
         written.append(tokens)
     steps.close()

@@ -37,10 +37,17 @@ def load_model(
             raise AespaError(f"no file at {source}")
         model, tokenizer = load_gguf(folder)
         return model.to(dtype or model.dtype), tokenizer
+    told = damaged = None
     if (folder / "quantization.json").is_file():
         check_files(folder)
-        told = read_json(folder / "quantization.json").get("export")
-        if isinstance(told, dict) and told.get("format") in ("gptq", "awq", "gguf"):
-            model = read_quantized(folder, trust_remote_code).model
-            return model.to(dtype or model.dtype), load_tokenizer(folder, trust_remote_code)
-    return load_checkpoint(str(source), dtype, trust_remote_code)
+        try:
+            told = read_json(folder / "quantization.json").get("export")
+        except AespaError as e:  # the weights may still be read
+            damaged = e
+    if isinstance(told, dict) and told.get("format") in ("gptq", "awq", "gguf"):
+        model = read_quantized(folder, trust_remote_code).model
+        return model.to(dtype or model.dtype), load_tokenizer(folder, trust_remote_code)
+    try:
+        return load_checkpoint(str(source), dtype, trust_remote_code)
+    except AespaError as e:
+        raise damaged or e from None

@@ -155,6 +155,8 @@ def tune_end_to_end(
         copied = lambda: [f.detach().clone() for f in factors]
         best, at, found, curve, seen, waiting = score(), 0, copied(), [], [], rest[:0]
         curve.append((0, math.nan, best))
+        if not factors:
+            return EndToEnd(records, 0, curve)
         adam = torch.optim.Adam(factors, betas=(0.9, 0.95))
         for i in tqdm(range(iterations), "end to end", disable=None if progress else True):
             if len(waiting) < min(batch_size, len(rest)):

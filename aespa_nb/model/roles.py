@@ -245,7 +245,7 @@ def map_block(
     routed |= set(experts.values()) & ran
     idle = [n for n in linears_of(block) if n not in ran]
     for kind in {kind_of(n) for n in routed if kind_of(n) != n}:  # numbered: one of several experts
-        last = max(i for i, g in enumerate(groups) if kind_of(g[0]) == kind)
+        last = max(i for i, g in enumerate(groups) if kind in map(kind_of, g))
         more = [n for n in idle if kind_of(n) == kind]
         groups[last + 1 : last + 1] = [(n,) for n in more]
         routed, idle = routed | set(more), [n for n in idle if n not in more]

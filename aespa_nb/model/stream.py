@@ -122,6 +122,18 @@ def _shared(many, one, size: int) -> bool:
     return all(torch.equal(part, one) for part in parts)
 
 
+def _keep_own(own: dict[int | str, list], model, call: dict, calls: list[dict], size: int, before: int) -> None:
+    "Adds what a batch does not share with the first sequence to the lists in `own`; raises if that can't be kept."
+    for key in [k for k in calls[0] | call if k in own or not _shared(call.get(k), calls[0].get(k), size)]:
+        parts = call[key].cpu().chunk(size) if isinstance(call.get(key), Tensor) else []
+        first = calls[0].get(key)
+        if len(parts) != size or not isinstance(first, Tensor) or not all(_same(first, c.get(key)) for c in calls):
+            what = f"argument {key}" if isinstance(key, int) else key
+            why = "positions that differ, perhaps, or a mask with gaps or padding"
+            raise _unsupported(model, f"gives each sequence another {what} ({why})")
+        own.setdefault(key, [first.cpu()] * before).extend(parts)  # all before shared it
+
+
 def _to(value, device, dtype):
     "`value` on `device`, floating tensors in `dtype`; tuples, lists and dictionaries are followed."
     return recursively_apply(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), value)
@@ -165,14 +177,7 @@ class BlockStream:
                     longer = lambda a, b: isinstance(a, Tensor) and a.ndim and len(a) < len(b)
                     self.repeated = {k for k, v in calls[0].items() if longer(v, call[k])}
                 self.hidden[at - mine.start :][:size] = hidden
-                for key in [k for k in call if k not in own and not _shared(call[k], calls[0].get(k), size)]:
-                    tensors = isinstance(call[key], Tensor) and isinstance(calls[0].get(key), Tensor)
-                    if not tensors or not all(_same(calls[0][key], c.get(key)) for c in calls):
-                        what = "positions that differ, perhaps, or a mask with gaps"
-                        raise _unsupported(model, f"gives each sequence {key} of its own ({what})")
-                    own[key] = [calls[0][key]] * (at - mine.start)  # all before shared it
-                for key, kept in own.items():
-                    kept.extend(call[key].split(len(call[key]) // size))
+                _keep_own(own, model, call, calls, size, at - mine.start)
         self.own = {key: torch.stack(kept) for key, kept in own.items()}  # arguments that belong to their sequence
         self.repeated -= own.keys()
         self.calls = [_to(call, self.device, self.dtype) for call in calls]

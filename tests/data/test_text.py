@@ -26,6 +26,7 @@ from aespa_nb.data.text import (
 from aespa_nb.errors import AespaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=50)
@@ -213,22 +214,32 @@ def test_shared_text_is_said(tmp_path):
     assert "the same text" in shared_warning(calib, heldout._replace(origin=calib.origin))
 
 
-def test_what_a_model_writes_comes_from_its_predictions():
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_a_model_writes_comes_from_its_predictions(cached):
     "A model that predicts each token's successor writes the numbers in a row."
 
     class Counts(torch.nn.Module):
-        device = torch.device("cpu")
+        device, config = torch.device("cpu"), LlamaConfig(max_position_embeddings=16)
 
-        def forward(self, tokens, past_key_values=None, use_cache=True):
+        def forward(self, tokens, **known):
             seen.append(tokens.shape[1])
             logits = torch.full((*tokens.shape, 64), -30.0).scatter(-1, (tokens[..., None] + 1) % 64, 30.0)
-            return SimpleNamespace(logits=logits, past_key_values=True)
+            return SimpleNamespace(logits=logits, **({"past_key_values": True} if cached else {}))
 
-    seen, begin = [], SimpleNamespace(bos_token_id=None, eos_token_id=5, chat_template=None)
-    tokens = own_words(Counts(), begin, samples=3, seqlen=8, batch_size=2)
-    assert torch.equal(tokens, torch.arange(5, 13).expand(3, -1)) and seen == [1] * 14
-    with pytest.raises(AespaError, match="neither BOS nor EOS"):
-        own_words(Counts(), SimpleNamespace(bos_token_id=None, eos_token_id=None), 1, 8)
+    class Begin(SimpleNamespace):
+        def __len__(self):
+            return 60
+
+    seen, begin, model = [], Begin(bos_token_id=None, eos_token_id=5), Counts().eval()
+    tokens = own_words(model, begin, samples=3, seqlen=8, batch_size=2)
+    assert torch.equal(tokens, torch.arange(5, 13).expand(3, -1))
+    assert seen == ([1] * 14 if cached else [*range(1, 8)] * 2)
+    cases = {"neither BOS nor EOS": (Begin(bos_token_id=None, eos_token_id=None), 8), "lower seqlen": (begin, 17)}
+    for words, (tokenizer, seqlen) in cases.items():
+        with pytest.raises(AespaError, match=words):
+            own_words(model, tokenizer, 1, seqlen)
+    with pytest.raises(AespaError, match="training mode"):
+        own_words(Counts(), begin, 1, 8)
 
 
 def test_its_own_words_calibrate_in_a_mixture_and_do_not_measure(tmp_path):
@@ -248,3 +259,9 @@ def test_its_own_words_calibrate_in_a_mixture_and_do_not_measure(tmp_path):
     assert torch.equal(own_words(model, talk, 1, 16)[0, : len(begin)], begin)
     with pytest.raises(AespaError, match="raise seqlen"):
         own_words(model, talk, 1, len(begin))
+    for template, words in (("{{ raise_exception('no') }}", "no question alone"), ("{{ 'hello' }}", "changes what")):
+        talk.chat_template = template
+        with pytest.raises(AespaError, match=words):
+            own_words(model, talk, 1, 16)
+    talk.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert own_words(model, talk, 1, 16)[0, 0] == tokenizer.bos_token_id

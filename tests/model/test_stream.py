@@ -10,6 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, T5Config, T5ForConditi
 
 from aespa_nb.errors import UnsupportedModelError
 from aespa_nb.model.capture import capturing
+from aespa_nb.model.statistics import survey
 from aespa_nb.model.stream import BlockStream, as_inputs, open_stream
 
 TOKENS = torch.randint(3, 64, (6, 12), generator=torch.Generator().manual_seed(0))
@@ -43,7 +44,7 @@ def test_a_mask_with_gaps_is_that_of_its_sequence(inputs):
 def test_positions_of_one_sequence_are_refused(at):
     positions = torch.arange(12).repeat(6, 1)
     positions[at] *= 3
-    with pytest.raises(UnsupportedModelError, match="positions that differ"):
+    with pytest.raises(UnsupportedModelError, match="another position_embeddings"):
         through(small("llama"), dict(input_ids=TOKENS, position_ids=positions), "model.layers", "model.norm")
 
 
@@ -72,3 +73,29 @@ def test_a_forward_that_somebody_has_put_there_stays():
     with contextlib.closing(open_stream(model, as_inputs(TOKENS), 2)):
         pass
     assert block.forward is forward
+
+
+def test_idle_experts_join_those_that_read_the_same():
+    "Experts as modules of their own, whose first two linears read one input; the last of three gets no token."
+    model = small("llama")
+    block = model.model.layers[0]
+    block.mlp = Experts()
+    with torch.no_grad(), capturing(model), contextlib.closing(open_stream(model, as_inputs(TOKENS), 2)) as stream:
+        found = survey(model, block, stream)
+    assert not found.idle and {f"mlp.experts.2.{name}" for name in ("gate", "up", "down")} <= found.routed
+
+
+class Experts(torch.nn.Module):
+    "Every other token to the first of three experts, the rest to the second."
+
+    def __init__(self):
+        super().__init__()
+        linears = lambda: dict(gate=torch.nn.Linear(32, 8), up=torch.nn.Linear(32, 8), down=torch.nn.Linear(8, 32))
+        self.experts = torch.nn.ModuleList(torch.nn.ModuleDict(linears()) for _ in range(3))
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts[:2]):
+            mine = x[:, i::2]
+            out[:, i::2] = expert["down"](expert["gate"](mine) * expert["up"](mine))
+        return out
