@@ -286,11 +286,12 @@ def compare(
     model, tokenizer = source.load()
     calib, heldout, said = text.read(model, tokenizer, progress=not quiet)
     seqlen, bundled = calib.shape[1], load_reference().calib
-    of, drawn = (text.calibration, tokenizer, text.samples, seqlen), {0: calib}
+    drawn = {0: calib}  # by seed
 
     def draw(seed):
         if seed not in drawn:
-            drawn[seed] = calibration_windows(*of, seed, text.bos, model, not quiet).tokens
+            asked = (text.calibration, tokenizer, text.samples, seqlen, seed, text.bos)
+            drawn[seed] = calibration_windows(*asked, model=model, progress=not quiet).tokens
         return drawn[seed]
 
     if text.calibration == "reference" and seqlen == bundled.shape[1]:

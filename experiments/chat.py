@@ -4,11 +4,9 @@ SmolLM2 at three bits per row by `best`, measured on held-out chapters of the bo
 A quarter of an hour a run on one core. `aespa_nb fetch smollm2` and `aespa_nb fetch handbook` first (make smollm2).
 """
 
-import functools
-
 import torch
 from aespa_nb import AespaConfig, calibration_windows
-from common import resume, rounded, windows_of
+from common import answer, answers, resume, rounded, windows_of
 from smollm2 import TEXT
 
 SOURCES = "handbook", "self", "handbook,self"
@@ -21,26 +19,13 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-def answer(model, tokenizer, question, length=80):
-    "The tokens of the question in the chat's form and of the likeliest answer, and how many the question has."
-    chat = [dict(role="user", content=question)]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**ids, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return out[0], ids["input_ids"].shape[1]
-
-
-@functools.cache
-def answers_of_the_full_model():
-    full = windows_of("smollm2", "handbook", 1, TEXT[2], 1)
-    return [answer(full.model, full.tokenizer, question) for question in QUESTIONS]
-
-
 @torch.no_grad()
 def chat_kl(model, full):
     "KL to the full model in nats, the mean over the tokens of the full model's answers."
     found = []
-    for ids, start in answers_of_the_full_model():
-        q, p = (m(ids[None]).logits[0, start - 1 : -1].float().log_softmax(-1) for m in (model, full))
+    for question in QUESTIONS:
+        ids, start = answer(full.model, full.tokenizer, question, 80)
+        q, p = (m(ids[None]).logits[0, start - 1 : -1].float().log_softmax(-1) for m in (model, full.model))
         found.append((p.exp() * (p - q)).sum(-1))
     return float(torch.cat(found).mean()), sum(map(len, found))
 
@@ -49,12 +34,9 @@ def measure(job):
     full = windows_of("smollm2", "handbook", 1, TEXT[2], TEXT[3])
     calib = calibration_windows(job["calibration"], full.tokenizer, *TEXT[1:3], model=full.model).tokens
     model, report, row = rounded(full._replace(calib=calib), AespaConfig.preset("best", 3))
-    kl, tokens = chat_kl(model, full.model)
-    said = {}
-    for question in QUESTIONS:
-        ids, start = answer(model, full.tokenizer, question, 40)
-        said[question] = full.tokenizer.decode(ids[start:], skip_special_tokens=True)
-    return row | dict(chat_kl=kl, chat_tokens=tokens, answers=said, notes=report.notes)
+    kl, tokens = chat_kl(model, full)
+    said = dict(answers=answers(model, full.tokenizer, QUESTIONS), notes=report.notes)
+    return row | dict(chat_kl=kl, chat_tokens=tokens) | said
 
 
 if __name__ == "__main__":

@@ -69,6 +69,20 @@ def windows_of(name: str, source: str, samples: int, seqlen: int, n_heldout: int
     return Reference(model, tokenizer, calib, evaluation_windows(source, tokenizer, seqlen, n_heldout).tokens)
 
 
+def answer(model, tokenizer, question: str, length: int):
+    "The tokens of a question in the chat's form and of the likeliest answer, and how many are the question's."
+    chat = [dict(role="user", content=question)]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return out[0], ids["input_ids"].shape[1]
+
+
+def answers(model, tokenizer, questions, length: int = 40) -> dict[str, str]:
+    "The first words of the answer to each question, without sampling."
+    said = {question: answer(model, tokenizer, question, length) for question in questions}
+    return {question: tokenizer.decode(ids[at:], skip_special_tokens=True) for question, (ids, at) in said.items()}
+
+
 def fresh(file: str, *words, **env):
     "What a script prints last, in a process of its own, as JSON."
     command = [sys.executable, file, *map(str, words)]

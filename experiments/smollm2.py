@@ -5,23 +5,12 @@ Two to twenty minutes a run on one core.
 """
 
 from aespa_nb import AespaConfig, evaluate_model
-from common import resume, rounded, windows_of
+from common import answers, resume, rounded, windows_of
 
 FORMATS = dict(g64=(2, 64), row=(3, None))  # bits, inputs that share a scale
 PRESETS = dict(g64="gptq best", row="rtn gptq adaround aespa best")
 PROMPTS = "What is the capital of France?", "What is a file system?", "Give me a rhyme about rain."
 TEXT = "handbook", 32, 512, 12  # calibration windows, their tokens, windows that measure
-
-
-def answers(model, tokenizer):
-    "The first words of the answer to each prompt, without sampling."
-    said = {}
-    for prompt in PROMPTS:
-        chat = [dict(role="user", content=prompt)]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = model.generate(**ids, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        said[prompt] = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return said
 
 
 def measure(job):
@@ -30,12 +19,12 @@ def measure(job):
     text = dict(zip(("source", "samples", "seqlen", "windows"), TEXT))
     if job["preset"] == "full":
         scores = dict(kl=0.0, perplexity=evaluate_model(full.model, full.heldout).perplexity, top1=1.0, cpu_seconds=0.0)
-        return dict(text=text, **scores, answers=answers(full.model, full.tokenizer))
+        return dict(text=text, **scores, answers=answers(full.model, full.tokenizer, PROMPTS))
     bits, size = FORMATS[job["format"]]
     config = AespaConfig.preset(job["preset"], bits, group_size=size, seed=job["seed"])
     model, report, row = rounded(full, config)
     cost = dict(seconds=report.seconds, peak_MiB=report.peak_bytes / 2**20, bits_per_weight=report.bits_per_weight)
-    said = dict(answers=answers(model, full.tokenizer), notes=report.notes)
+    said = dict(answers=answers(model, full.tokenizer, PROMPTS), notes=report.notes)
     return dict(text=text) | row | cost | said
 
 

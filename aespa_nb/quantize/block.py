@@ -76,7 +76,7 @@ def round_block(block: BlockRun) -> dict[str, RoundedLayer]:
         block.notes.append(f"{count} not captured, left as they are: {kind}")
     if block.config.objective != "layer" and not found.attentions:
         block.notes.append("no attention was captured: all losses are layer-wise")
-    original = (copy.deepcopy(block.module), block.full) if block.config.correction else None
+    original = (copy.deepcopy(block.module), block.full) if block.full and block.config.correction else None
     if block.full and not original:
         block.full.run(block.module, keep=True)  # what tuning will compare with
     stages = stages_of(found) if original else [list(found.groups)]
